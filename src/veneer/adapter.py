@@ -1,0 +1,163 @@
+"""Named adapters: which are active, switched off, or routed to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .errors import AdapterError, CapabilityError, did_you_mean
+from .host import Routing, State
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .methods.parts import Part
+
+
+@dataclass
+class Record:
+    """One attached adapter."""
+
+    name: str
+    plan: Plan
+    parts: list[Part]
+
+
+class Adapter:
+    """A handle on an attached adapter: its name, plan, parts and parameters."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+
+    def _record(self) -> Record:
+        from .attach import state_of
+
+        state = state_of(self.model)
+        return state.adapters[known(state, self.name)]
+
+    @property
+    def plan(self) -> Plan:
+        return self._record().plan
+
+    @property
+    def parts(self) -> list[Part]:
+        """One for each method and site."""
+        return list(self._record().parts)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Names as in the saved file, each tensor once."""
+        from .store import tensors_of
+
+        yield from tensors_of(self.model, self._record(), fold=False).items()
+
+    def parameters(self) -> Iterator[Tensor]:
+        for _, p in self.named_parameters():
+            yield p
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers it trains."""
+        return sum(p.numel() for p in self.parameters())
+
+    def save(self, path: Any, **kwargs: Any) -> None:
+        """vn.save(model, path, name=self.name)."""
+        from .store import save
+
+        save(self.model, path, name=self.name, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, {self.num_parameters:,} parameters in {len(self.parts)} parts)"
+
+
+def known(state: State, name: Any) -> str:
+    """`name`, if it is attached. Raises: AdapterError with the nearest."""
+    if name not in state.adapters:
+        raise AdapterError(f"no adapter called {name!r} is attached", fix=did_you_mean(str(name), state.adapters))
+    return name
+
+
+def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Make `names` the active adapters: one, several (their deviations add), or None (the base).
+
+    Raises: AdapterError for a name that is not attached.
+    """
+    from .attach import state_of
+
+    state = state_of(model)
+    wanted = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    for n in wanted:
+        known(state, n)
+    if len(set(wanted)) != len(wanted):
+        raise AdapterError(f"a name twice in {list(wanted)}", fix="Name each adapter once")
+    if state.merged is not None:
+        raise AdapterError("adapters are merged into this model", fix="vn.unmerge(model) first")
+    state.active = wanted
+    state.refresh()
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """The names of the active adapters."""
+    from .attach import state_of
+
+    return state_of(model).active
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model is its base, exactly; merged adapters are taken out for the time."""
+    from .attach import state_of
+    from .merge import merge, unmerge
+
+    state = state_of(model)
+    merged = state.merged.names if state.merged is not None else None
+    if merged is not None:
+        unmerge(model)
+    before, state.enabled = state.enabled, False
+    try:
+        yield model
+    finally:
+        state.enabled = before
+        if merged is not None:
+            merge(model, merged)
+
+
+@contextmanager
+def route(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Iterator[nn.Module]:
+    """Within the block row i of every batch uses the adapter `rows[i]`: a name, several names (they add), or None.
+
+    Works in inference, generate (beams follow their row) and training, where each adapter's gradient comes from its own
+    rows. The routing is part of what gradient checkpointing recomputes.
+
+    Raises: AdapterError for an unknown name, or when a batch has not the rows that were named; CapabilityError for a
+    method that cannot be routed.
+    """
+    from .attach import exchange, frame_hosts, state_of
+
+    state = state_of(model)
+    if isinstance(rows, str) or not len(rows):
+        raise AdapterError("route takes a list with a name (or None) for each row of the batch")
+    by_row = [() if r is None else (r,) if isinstance(r, str) else tuple(r) for r in rows]
+    for r in by_row:
+        for n in r:
+            for term in state.adapters[known(state, n)].plan.terms():
+                if not term.method.routable:
+                    raise CapabilityError(f"{term.method.name} (in {n!r}) cannot be routed to rows")
+    if state.merged is not None:
+        raise AdapterError("adapters are merged into this model", fix="vn.unmerge(model) first")
+    if not state.routable:
+        from .attach import _layer_paths
+
+        touched: dict[str, set[type]] = {}
+        frame_hosts(model, state, touched, _layer_paths(model))
+        for path, kinds in touched.items():
+            exchange(model, state, path, kinds)
+        state.routable = True
+    before = state.frame
+    state.frame = replace(before, routing=Routing(by_row))
+    try:
+        yield model
+    finally:
+        state.frame = before

@@ -1,0 +1,247 @@
+"""Prefixes inside attention, through transformers' attention registry or torch's own attention function.
+
+For a prefix (P_K, P_V) with gate g, out = (1 - g) · attn(q; K, V) + g · attn(q; [P_K; K], [P_V; V]), which is
+attn + g · λ · (attn_P - attn): off at g = 0, prefix tuning at g = 1. Several prefixes add their deviations.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import CapabilityError
+from .host import Host, gate_of
+
+if TYPE_CHECKING:
+    from .methods.parts import KVPart
+
+NAME = "veneer"
+Attend = Callable[[Tensor, Tensor, Tensor, Any, Any], Any]
+
+
+def blend(host: Host, parts: list[KVPart], q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, attend: Attend, time: int) -> Any:
+    """Attention with prefixes. `attend(q, k, v, mask, bias)` gives the model's own attention; its output has the
+    queries in dimension `time` (1: (B, T, H, d); 2: (B, H, T, d))."""
+    frame = host.state.frame
+    routing = frame.routing
+    xs = [_take_x(p) for p in parts]
+    if host.batch_dim == 1:
+        xs = [x if x is None else x.transpose(0, 1) for x in xs]
+    simple = len(parts) == 1 and routing is None and (parts[0].gate is None or parts[0].published)
+    if simple:
+        pk, pv = _pair(parts[0], k, None if parts[0].gate is None else gate_of(parts[0], xs[0], frame, frame.mask))
+        return _with_prefix(q, k, v, mask, bias, pk, pv, attend, time)
+    base = attend(q, k, v, mask, bias)
+    out, rest = base if isinstance(base, tuple) else (base, None)
+    total = out
+    for part, x in zip(parts, xs, strict=True):
+        rows = routing.rows(part.adapter, q.shape[0], q.device) if routing is not None else None
+        args, m, base_out, pad = (q, k, v, mask, bias), x, out, frame.mask
+        if rows is not None:
+            if rows.numel() == 0:
+                continue
+            args = tuple(_rows(t, q.shape[0], rows) for t in args)
+            m, base_out, pad = (_rows(t, q.shape[0], rows) for t in (x, out, pad))
+        g = None if part.gate is None else gate_of(part, m, frame, pad)
+        pk, pv = _pair(part, args[1], g if part.published else None)
+        with_prefix = _with_prefix(*args, pk, pv, attend, time)
+        d = (with_prefix[0] if isinstance(with_prefix, tuple) else with_prefix) - base_out
+        if g is not None and not part.published:
+            d = d * _over_heads(g, d, time)
+        total = total + d if rows is None else total.index_add(0, rows, d.to(total.dtype))
+    return (total, rest) if isinstance(base, tuple) else total
+
+
+def _take_x(part: KVPart) -> Any:
+    if part.cell is None:
+        return None
+    x, part.cell.x = part.cell.x, None
+    return x
+
+
+def _rows(t: Any, n: int, rows: Tensor) -> Any:
+    return t.index_select(0, rows) if isinstance(t, Tensor) and t.dim() and t.shape[0] == n else t
+
+
+def _over_heads(g: Tensor, out: Tensor, time: int) -> Tensor:
+    if g.dim() == 0:
+        return g
+    if g.dim() == 1:
+        return g[:, None, None, None]
+    return g[:, :, None, None] if time == 1 else g[:, None, :, None]
+
+
+def _pair(part: KVPart, k: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
+    """P_K and P_V as (B, heads of k, n, head_dim), in k's dtype, scaled by g (B,) if given."""
+    out = []
+    for p in part.keys_values():
+        p = p.to(k.dtype)
+        if p.shape[0] != k.shape[1]:  # the model repeated its key/value heads already
+            p = p.repeat_interleave(k.shape[1] // p.shape[0], 0)
+        p = p[None].expand(k.shape[0], -1, -1, -1)
+        if g is not None:
+            g1 = g[:, -1] if g.dim() == 2 else g
+            p = p * (g1 if g1.dim() == 0 else g1[:, None, None, None])
+        out.append(p)
+    return out[0], out[1]
+
+
+def _with_prefix(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, pk: Tensor, pv: Tensor, attend: Attend, time: int) -> Any:
+    n, queries = pk.shape[2], q.shape[2]
+    causal = mask is None and getattr(attend, "causal", False) and queries > 1
+    if causal:
+        # Dummy queries before the real ones keep the causal square aligned without a materialised mask; the prefix
+        # lies before every real query, and what the dummies compute is dropped.
+        if k.shape[2] > queries:  # an empty static cache
+            k, v = k[:, :, :queries], v[:, :, :queries]
+            bias = bias[..., :queries] if bias is not None else None
+        q = torch.cat([q.new_zeros(q.shape[0], q.shape[1], n, q.shape[3]), q], 2)
+        bias = F.pad(bias, (n, 0, n, 0)) if bias is not None else None
+    else:
+        mask = _wider(mask, n, k.shape[2])
+        bias = F.pad(bias, (n, 0)) if bias is not None else None
+    out = attend(q, torch.cat([pk, k], 2), torch.cat([pv, v], 2), mask, bias)
+    o, weights = out if isinstance(out, tuple) else (out, None)
+    if causal:
+        o = o.narrow(time, n, queries)
+        weights = weights[..., n:, :] if weights is not None else None
+    weights = weights[..., n:] if weights is not None else None
+    return (o, weights) if isinstance(out, tuple) else o
+
+
+def _wider(mask: Any, n: int, length: int) -> Any:
+    """`mask` with n columns before it that every query sees."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise CapabilityError(
+            f"a prefix cannot be put before a {type(mask).__name__} mask",
+            fix="Use attn_implementation 'sdpa', 'eager' or 'flash_attention_2'",
+        )
+    if mask.dim() == 2 and not mask.is_floating_point() and mask.dtype != torch.bool:
+        return F.pad(mask, (n, 0), value=1)
+    if mask.shape[-1] == 1 and length > 1:
+        return mask
+    mask = mask[..., :length]
+    return F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
+
+
+# -- the registry -----------------------------------------------------------------------------------------------------
+class Registry:
+    """A module that calls transformers' `AttentionInterface`: it is given its own copy of the configuration, in which
+    the implementation is ours; the model's configuration stays as it is, so masks are made as ever."""
+
+    def __init__(self, module: nn.Module) -> None:
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(NAME, attention_forward)
+        self.config = module.config
+        own = copy.copy(module.config)
+        own._attn_implementation_internal = NAME  # type: ignore[union-attr]
+        module.config = own
+
+    def undo(self, module: nn.Module) -> None:
+        module.config = self.config
+
+    def run(self, host: Host, parts: list[Any], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+
+def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """The attention function of adapted modules: the model's own, with the active prefixes."""
+    host: Host = module.__dict__["_veneer_host"]
+    own = _implementation(module, host.attention.config)
+    position_bias = kwargs.pop("position_bias", None)
+    has_bias = "position_bias" in inspect.signature(own).parameters or position_bias is not None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any) -> Any:
+        return own(module, q, k, v, mask, **kwargs, **({"position_bias": bias} if has_bias else {}))
+
+    parts = host.kv_now()
+    if not parts:
+        return attend(query, key, value, attention_mask, position_bias)
+    name = host.attention.config._attn_implementation or "eager"
+    if "flex" in name or "paged" in name:
+        raise CapabilityError(f"prefixes do not work with attn_implementation {name!r}", fix="Use 'sdpa' or 'eager'")
+    is_causal = kwargs.get("is_causal")
+    attend.causal = name == "sdpa" and (is_causal if is_causal is not None else getattr(module, "is_causal", True))  # type: ignore[attr-defined]
+    return blend(host, parts, query, key, value, attention_mask, position_bias, attend, 1)
+
+
+def _implementation(module: nn.Module, config: Any) -> Callable[..., Any]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    name = config._attn_implementation or "eager"
+    return eager if name == "eager" and eager is not None else ALL_ATTENTION_FUNCTIONS[name]
+
+
+# -- torch's own attention function -----------------------------------------------------------------------------------
+class _Intercept(TorchFunctionMode):
+    def __init__(self, host: Host, parts: list[Any]) -> None:
+        super().__init__()
+        self.host, self.parts = host, parts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return sdpa(func, self.host, self.parts, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def sdpa(own: Callable[..., Tensor], host: Host, parts: list[Any], query: Tensor, key: Tensor, value: Tensor,
+         attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any) -> Tensor:
+    """scaled_dot_product_attention with the active prefixes."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any) -> Tensor:
+        return own(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, **kwargs)
+
+    attend.causal = is_causal  # type: ignore[attr-defined]
+    return blend(host, parts, query, key, value, attn_mask, None, attend, 2)
+
+
+class Direct:
+    """A module that calls F.scaled_dot_product_attention itself."""
+
+    def undo(self, module: nn.Module) -> None: ...
+
+    def run(self, host: Host, parts: list[Any], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with _Intercept(host, parts):
+            return forward(*args, **kwargs)
+
+
+class MHA:
+    """nn.MultiheadAttention: its function looks scaled_dot_product_attention up in torch.nn.functional."""
+
+    def undo(self, module: nn.Module) -> None: ...
+
+    def run(self, host: Host, parts: list[Any], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        own = F.scaled_dot_product_attention
+        kwargs = {**kwargs, "need_weights": False}
+
+        def patched(*a: Any, **k: Any) -> Tensor:
+            return sdpa(own, host, parts, *a, **k)
+
+        F.scaled_dot_product_attention = patched
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            F.scaled_dot_product_attention = own
+
+
+VIA: dict[str, Callable[[nn.Module], Any]] = {
+    "registry": Registry,
+    "sdpa": lambda module: Direct(),
+    "mha": lambda module: MHA(),
+}
+
+
+def run_attention(host: Host, parts: list[Any], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return host.attention.run(host, parts, forward, args, kwargs)

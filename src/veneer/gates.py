@@ -1,0 +1,114 @@
+"""Reading the gates: how much of each method the model uses, by layer and module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attach import state_of
+from .errors import AdapterError, CapabilityError
+
+
+@dataclass
+class GateReport:
+    """One row for each gated part: method, layer, module (its role), tower, path, mean, std and n over examples."""
+
+    rows: list[dict[str, Any]]
+    adapter: str
+
+    def by_method(self) -> dict[str, float]:
+        """The mean gate of each method."""
+        out: dict[str, list[float]] = {}
+        for r in self.rows:
+            out.setdefault(r["method"], []).append(r["mean"])
+        return {m: sum(v) / len(v) for m, v in out.items()}
+
+    def __str__(self) -> str:
+        columns = list(dict.fromkeys((r["method"], r["module"]) for r in self.rows))
+        layers = sorted({(r["tower"], -1 if r["layer"] is None else r["layer"]) for r in self.rows})
+        cells: dict[Any, list[tuple[float, float]]] = {}
+        for r in self.rows:
+            key = (r["tower"], -1 if r["layer"] is None else r["layer"], r["method"], r["module"])
+            cells.setdefault(key, []).append((r["mean"], r["std"]))
+        heads = [f"{m} {role}" for m, role in columns]
+        width = [max(len(h), 11) for h in heads]
+        lines = ["layer".ljust(12) + "  ".join(h.rjust(w) for h, w in zip(heads, width, strict=True))]
+        for tower, layer in layers:
+            row = []
+            for (m, role), w in zip(columns, width, strict=True):
+                found = cells.get((tower, layer, m, role))
+                row.append((f"{sum(a for a, _ in found) / len(found):.3f}±{max(b for _, b in found):.3f}" if found else "-").rjust(w))
+            lines.append(f"{tower} {layer if layer >= 0 else '-'}".ljust(12) + "  ".join(row))
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> GateReport:
+    """The mean gate of every method, layer and module over `batches`, with its spread over examples.
+
+    batches  dicts of model inputs (or tuples of positional ones); the model is run on each without gradients, in
+             evaluation mode, and left in the mode that it was in
+    name     the adapter; default: the active one that has gates
+
+    Raises: AdapterError, CapabilityError where the plan has no gates or `batches` is empty.
+    """
+    state = state_of(model)
+    names = [name] if name is not None else [n for n in state.active if any(p.gate for p in state.adapters[n].parts)]
+    if not names:
+        raise CapabilityError("no active adapter has gates", fix="Attach a gated plan: vn.attach(model, vn.gated(...), name='mine')")
+    if names[0] not in state.adapters:
+        raise AdapterError(f"no adapter called {names[0]!r} is attached")
+    parts = [p for p in state.adapters[names[0]].parts if p.gate is not None]
+    if not parts:
+        raise CapabilityError(f"{names[0]!r} has no gates", fix="Attach a gated plan: vn.gated(...)")
+    seen: dict[int, list[Tensor]] = {id(p): [] for p in parts}
+    training = {m: m.training for m in model.modules()}
+    device = next(model.parameters()).device
+    count = 0
+    active = state.active
+    try:
+        if names[0] not in active:
+            state.active = (names[0],)
+            state.refresh()
+        for p in parts:
+            p.gate.watch = seen[id(p)].append
+        model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                count += 1
+                if isinstance(batch, (tuple, list)):
+                    model(*[_to(b, device) for b in batch])
+                elif hasattr(batch, "items"):
+                    model(**{k: _to(v, device) for k, v in batch.items()})
+                else:
+                    model(_to(batch, device))
+    finally:
+        for p in parts:
+            p.gate.watch = None
+        for m, t in training.items():
+            m.training = t
+        if state.active != active:
+            state.active = active
+            state.refresh()
+    if not count:
+        raise CapabilityError("there are no batches to measure the gates on")
+    rows = []
+    for p in parts:
+        values = torch.cat([v.float().reshape(-1).cpu() for v in seen[id(p)]]) if seen[id(p)] else torch.empty(0)
+        rows.append(
+            {
+                "method": p.method_name, "layer": p.site.layer, "module": p.site.role, "tower": p.site.tower, "path": p.site.path,
+                "mean": float(values.mean()) if len(values) else float("nan"),
+                "std": float(values.std(unbiased=False)) if len(values) else float("nan"), "n": len(values),
+            }
+        )  # fmt: skip
+    return GateReport(rows, names[0])
+
+
+def _to(value: Any, device: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,512 @@
+"""Hosts: what an adapted module does in place of its own forward.
+
+A host module keeps its parameters, its name and its place; only its class is exchanged for a generated subclass whose
+`forward` asks a `Host` what to do. The order inside one call is: captures (who needs this input), input parts, the
+module itself (with tensor parts in place of the base's tensors), output parts stage by stage.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .compose.gate import shape_like
+from .errors import AdapterError
+from .ops.maps import place, take
+
+if TYPE_CHECKING:
+    from .methods.parts import Part
+
+
+class Routing:
+    """Which rows of a batch use which adapters: `groups` maps a name to its row numbers."""
+
+    def __init__(self, rows: Iterable[tuple[str, ...]]) -> None:
+        self.by_row = tuple(rows)
+        self.size = len(self.by_row)
+        self.names = tuple(dict.fromkeys(n for row in self.by_row for n in row))
+        self._rows: dict[tuple[str, int, Any], Tensor | None] = {}
+
+    def rows(self, name: str, n: int, device: Any) -> Tensor | None:
+        """Row numbers of `name` in a tensor whose batch dimension has n entries (rows times beams, windows, tokens)."""
+        key = (name, n, device)
+        if key not in self._rows:
+            if n % self.size:
+                raise AdapterError(
+                    f"the route names {self.size} rows and the batch has {n}",
+                    fix="Give one adapter name (or None) for each row of the batch",
+                )
+            k = n // self.size
+            mine = [i for i, names in enumerate(self.by_row) if name in names]
+            if len(mine) == self.size:
+                self._rows[key] = None
+            else:
+                self._rows[key] = torch.tensor([i * k + j for i in mine for j in range(k)], device=device, dtype=torch.long)
+        return self._rows[key]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What holds for one call of the model: routing, the 2-D attention mask, batch size, and sums kept with a cache."""
+
+    routing: Routing | None = None
+    mask: Tensor | None = None
+    batch: int = 0
+    cached: bool = False
+    memo: dict[Any, Tensor] | None = None
+
+
+class Cell:
+    """Carries a block's input from where it enters to where the block's state leaves."""
+
+    __slots__ = ("x",)
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+
+
+@dataclass
+class Recipe:
+    """The parts of the adapters in use that concern one host, sorted by what they do."""
+
+    captures: list[Cell] = field(default_factory=list)
+    inputs: list[Part] = field(default_factory=list)
+    outputs: list[list[Part]] = field(default_factory=list)
+    tensors: list[Part] = field(default_factory=list)
+    kv: list[Part] = field(default_factory=list)
+    embed: list[Part] = field(default_factory=list)
+    memory: list[Part] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return any((self.captures, self.inputs, self.outputs, self.tensors, self.kv, self.embed, self.memory))
+
+
+class State:
+    """All that attaching has put on one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.hosts: dict[str, Host] = {}
+        self.adapters: dict[str, Any] = {}
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.frame = Frame()
+        self.merged: Any = None
+        self.routable = False
+        self.trainable: dict[str, bool] = {}
+        self.undo: list[Callable[[], None]] = []
+
+    def refresh(self) -> None:
+        """Work out every host's recipe anew: after attach, detach or activate."""
+        for host in self.hosts.values():
+            host.refresh()
+
+
+class Host:
+    """The changes that one module makes to its own call."""
+
+    def __init__(self, path: str, module: nn.Module, state: State) -> None:
+        self.path, self.state = path, state
+        self.original = type(module)
+        self.parts: list[Part] = []  # those that act in this module's call
+        self.owned: dict[str, list[Part]] = {}  # tensor name -> parts that replace it
+        self.captures: list[tuple[Part, Cell]] = []
+        self.recipe: Recipe | None = None
+        self.now: dict[str, list[Part]] = {}  # tensor parts in force when the tensor is read
+        self.batch_dim = 0
+        self.signature: inspect.Signature | None = None
+        self.attention: Any = None  # how the module makes its attention call, where it has kv parts
+        self.embedding: Any = None  # () -> the token embedding, where it has prompts
+        self.memory_parts: list[Part] = []  # prompts in an encoder whose output this module attends to
+        self.mixins: set[type] = set()
+        self._routed: dict[tuple[str, ...], Recipe | None] = {}
+
+    # -- recipes ------------------------------------------------------------------------------------------------------
+    def refresh(self) -> None:
+        self._routed.clear()
+        self.recipe = self.make(self.state.active)
+        self.now = {
+            tensor: [p for p in parts if p.adapter in self.state.active and not _needs_call(p)]
+            for tensor, parts in self.owned.items()
+        }
+
+    def make(self, names: tuple[str, ...], routed: bool = False) -> Recipe | None:
+        r = Recipe()
+        stages: dict[tuple[bool, int], list[Part]] = {}
+        for part, cell in self.captures:
+            if part.adapter in names:
+                r.captures.append(cell)
+        for part in self.parts:
+            if part.adapter not in names:
+                continue
+            if part.acts == "input":
+                r.inputs.append(part)
+            elif part.acts == "output":
+                # a map's own parts before the parts of the block that it ends
+                stages.setdefault((part.site.port == "hidden", part.stage), []).append(part)
+            elif part.acts == "tensor":
+                if routed or _needs_call(part):
+                    r.tensors.append(part)
+            else:
+                getattr(r, part.acts).append(part)
+        r.memory = [p for p in self.memory_parts if p.adapter in names]
+        r.outputs = [stages[k] for k in sorted(stages)]
+        return r if r else None
+
+    def kv_now(self) -> list[Any]:
+        """The kv parts in force in this call."""
+        if not self.state.enabled:
+            return []
+        routing = self.state.frame.routing
+        r = self.recipe if routing is None else self._routed.get(routing.names)
+        return r.kv if r is not None else []
+
+    # -- one call -----------------------------------------------------------------------------------------------------
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = self.state
+        if not state.enabled:
+            return forward(*args, **kwargs)
+        routing = state.frame.routing
+        if routing is None:
+            r = self.recipe
+        else:
+            if routing.names not in self._routed:
+                self._routed[routing.names] = self.make(routing.names, routed=True)
+            r = self._routed[routing.names]
+        if r is None:
+            if routing is not None and self.owned:
+                return self._with_now({}, forward, args, kwargs)
+            return forward(*args, **kwargs)
+        return self.apply(r, forward, args, kwargs)
+
+    def apply(self, r: Recipe, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        frame = self.state.frame
+        if r.embed or r.memory:
+            from .embed import run_embed
+
+            return run_embed(self, r, forward, args, kwargs)
+        x = _first(args, kwargs)
+        for cell in r.captures:
+            cell.x = x
+        if r.inputs:
+            args, kwargs = _replace_first(args, kwargs, self._inward(r.inputs, x, frame))
+        if r.kv:
+            from .attention import run_attention
+
+            y = run_attention(self, r.kv, forward, args, kwargs)
+        elif r.tensors or (frame.routing is not None and self.owned):
+            y = self._tensors(r.tensors, x, forward, args, kwargs, frame)
+        else:
+            y = forward(*args, **kwargs)
+        if r.outputs:
+            first = y if isinstance(y, Tensor) else y[0]
+            for stage in r.outputs:
+                first = self._outward(stage, x, first, frame)
+            y = first if isinstance(y, Tensor) else type(y)((first, *y[1:])) if isinstance(y, (tuple, list)) else _set_first(y, first)
+        return y
+
+    def _inward(self, parts: list[Part], x: Tensor, frame: Frame) -> Tensor:
+        total = x
+        for part in parts:
+            total = self._add(total, part, lambda a, _, p=part: p.inward(a), x, x, frame, None)
+        return total
+
+    def _outward(self, parts: list[Part], x: Tensor, y: Tensor, frame: Frame) -> Tensor:
+        total = y
+        for part in parts:
+            if part.cell is not None:
+                xin = part.cell.x
+                if xin is None:
+                    xin = y
+                part.cell.x = None
+            else:
+                xin = x
+            total = self._add(total, part, part.deviation, xin, y, frame, part.site.slice if part.site.port == "weight" else None)
+        return total
+
+    def _add(self, total: Tensor, part: Part, rule: Callable[..., Tensor], x: Tensor, y: Tensor, frame: Frame, s: Any) -> Tensor:
+        """total + g · rule(x, y), in the rows that use the part and in the features of the slice."""
+        dim = self.batch_dim
+        rows, mask = None, frame.mask
+        if frame.routing is not None:
+            n = total.shape[dim]
+            if n == 1 and frame.routing.size > 1:  # positions and the like, shared by all rows
+                total, x, y = (t.expand(*t.shape[:dim], frame.routing.size, *t.shape[dim + 1 :]) for t in (total, x, y))
+                n = frame.routing.size
+            rows = frame.routing.rows(part.adapter, n, total.device)
+            if rows is not None:
+                if rows.numel() == 0:
+                    return total
+                x = x.index_select(dim, rows) if x.shape[dim] == n else x
+                y = y.index_select(dim, rows)
+                if mask is not None and mask.shape[0] == n:
+                    mask = mask.index_select(0, rows)
+        out_dim = part.map.out_dim if part.site.port == "weight" else -1
+        d = rule(x, take(y, s, out_dim))
+        if part.gate is not None:
+            d = d * self._gate(part, x, d, frame, mask)
+        d = place(d, s, out_dim).to(total.dtype)
+        return total + d if rows is None else total.index_add(dim, rows, d)
+
+    def _gate(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None) -> Tensor:
+        """The gate of `part` for input x, shaped to multiply d."""
+        g = gate_of(part, x if x.is_floating_point() else d, frame, mask, self.batch_dim)
+        if self.batch_dim == 1:
+            g = shape_like(g, d.transpose(0, 1))
+            return g.transpose(0, 1) if g.dim() > 1 else g
+        return shape_like(g, d, width_last=not (part.site.port == "weight" and part.map.out_dim == 1))
+
+    # -- tensors ------------------------------------------------------------------------------------------------------
+    def tensor(self, name: str, p: Tensor) -> Tensor:
+        """The tensor that stands for the base's parameter p now."""
+        parts = self.now.get(name)
+        if not parts or not self.state.enabled:
+            return p
+        total = p
+        for part in parts:
+            v = part.value(p)
+            if part.gate is not None:
+                v = p + part.gate(None, self.state.frame).to(p.dtype) * (v - p)
+            elif len(parts) == 1:
+                return v
+            total = total + (v - p)
+        return total
+
+    def _with_now(self, now: dict[str, list[Part]], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        owners = {id(p.owner): p.owner for p in self.parts if p.acts == "tensor"}
+        owners.setdefault(id(self), self)
+        before = [(o, o.now) for o in owners.values()]
+        try:
+            for o in owners.values():
+                o.now = {}
+            for name, parts in now.items():
+                for p in parts:
+                    p.owner.now.setdefault(name, []).append(p)
+            return forward(*args, **kwargs)
+        finally:
+            for o, b in before:
+                o.now = b
+
+    def _tensors(self, parts: list[Part], x: Tensor, forward: Callable[..., Any], args: Any, kwargs: Any, frame: Frame) -> Any:
+        """Parts whose gate or rows vary within the batch: y + g · (f(x; p') - f(x; p)), in their rows."""
+        routed = frame.routing is not None
+        y = self._with_now({}, forward, args, kwargs) if routed else forward(*args, **kwargs)
+        plain = {} if routed else {t: [p for p in ps if not _needs_call(p)] for t, ps in self.owned.items()}
+        first = y if isinstance(y, Tensor) else y[0]
+        dim, n, total = self.batch_dim, first.shape[self.batch_dim], first
+        groups: dict[Any, list[Part]] = {}
+        for part in parts:  # ungated parts of one adapter go through the module together
+            groups.setdefault((part.adapter, id(part) if part.gate is not None else 0), []).append(part)
+        for (adapter, _), members in groups.items():
+            rows = frame.routing.rows(adapter, n, first.device) if frame.routing is not None else None
+            if rows is not None and rows.numel() == 0:
+                continue
+            a, k, mask = args, kwargs, frame.mask
+            base = first
+            if rows is not None:
+                a, k = _select((args, kwargs), n, dim, rows)
+                base = first.index_select(dim, rows)
+                mask = mask.index_select(0, rows) if mask is not None and mask.shape[0] == n else mask
+            now = {t: list(ps) for t, ps in plain.items()}
+            gate = members[0].gate
+            for p in members:
+                now.setdefault(p.site.tensor, []).append(p)
+                p.gate = None
+            try:
+                out = self._with_now(now, forward, a, k)
+            finally:
+                for p in members:
+                    p.gate = gate
+            d = (out if isinstance(out, Tensor) else out[0]) - base
+            if gate is not None:
+                xs = x.index_select(dim, rows) if rows is not None and x.shape[dim] == n else x
+                d = d * self._gate_plain(members[0], xs, d, frame, mask)
+            total = total + d if rows is None else total.index_add(dim, rows, d.to(total.dtype))
+        return total if isinstance(y, Tensor) else type(y)((total, *y[1:]))
+
+    def _gate_plain(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None) -> Tensor:
+        g = gate_of(part, x if x.is_floating_point() else d, frame, mask, self.batch_dim)
+        if self.batch_dim == 1:
+            g = shape_like(g, d.transpose(0, 1))
+            return g.transpose(0, 1) if g.dim() > 1 else g
+        tokens = g.dim() == 2 and d.dim() > 3
+        return shape_like(g, d, width_last=not tokens)
+
+
+def _needs_call(part: Part) -> bool:
+    """Whether the part's gate varies within a batch, so that it cannot simply replace the tensor."""
+    return part.gate is not None and part.gate.per in ("example", "token")
+
+
+def gate_of(part: Part, x: Tensor, frame: Frame, mask: Tensor | None, batch_dim: int = 0) -> Tensor:
+    """g of `part` for x: (), (n,) or (n, T), for the n entries of x's batch dimension.
+
+    Where a model folds tokens or windows into the batch, the mean still runs over an example's own tokens.
+    """
+    gate = part.gate
+    assert gate is not None
+    if gate.per == "constant":
+        return gate(None, frame)
+    if batch_dim == 1:
+        x = x.transpose(0, 1)
+    n, b = x.shape[0], frame.batch
+    folded = b and n != b and n % b == 0 and frame.routing is None
+    if folded:
+        tail = 1
+        for s in x.shape[1:-1]:
+            tail *= s
+        g = gate(x.reshape(b, (n // b) * tail, x.shape[-1]), frame, mask)
+        if g.dim() == 2:
+            return g.reshape(n, tail)
+        return g.repeat_interleave(n // b, 0)
+    if mask is not None and frame.cached and x.dim() == 3 and mask.shape[1] > x.shape[1]:
+        mask = mask[:, -x.shape[1] :]
+    return gate(x, frame, mask)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, Tensor):
+            return a
+    raise AdapterError("an adapted module was called without a tensor")
+
+
+def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    for i, a in enumerate(args):
+        if isinstance(a, Tensor):
+            return (*args[:i], x, *args[i + 1 :]), kwargs
+    for key, a in kwargs.items():
+        if isinstance(a, Tensor):
+            return args, {**kwargs, key: x}
+    return args, kwargs
+
+
+def _set_first(y: Any, first: Tensor) -> Any:
+    key = next(iter(y.keys()))  # a ModelOutput
+    y[key] = first
+    return y
+
+
+def _select(value: Any, n: int, dim: int, rows: Tensor) -> Any:
+    """`value` with `rows` of every tensor that has n entries in `dim`."""
+    if isinstance(value, Tensor):
+        return value.index_select(dim, rows) if value.dim() > dim and value.shape[dim] == n else value
+    if isinstance(value, tuple):
+        return tuple(_select(v, n, dim, rows) for v in value)
+    if isinstance(value, list):
+        return [_select(v, n, dim, rows) for v in value]
+    if isinstance(value, dict):
+        return {k: _select(v, n, dim, rows) for k, v in value.items()}
+    return value
+
+
+# -- generated classes ------------------------------------------------------------------------------------------------
+class HostMixin:
+    """A module whose call goes through its host."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_veneer_host"].run(super().forward, args, kwargs)  # type: ignore[misc]
+
+
+class FrameMixin:
+    """A tower: notes its mask, batch size and cache before its layers run."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        host = self.__dict__["_veneer_host"]
+        state = host.state
+        given = dict(zip(host.signature.parameters, args, strict=False))
+        given.update(kwargs)
+        before = state.frame
+        frame = replace(before, batch=before.batch or _batch(given, host.batch_dim))
+        if "attention_mask" in given:
+            mask = given["attention_mask"]
+            if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+                frame = replace(frame, mask=mask)
+        cache = next((given[k] for k in ("cache", "past_key_values", "cache_params") if given.get(k) is not None), None)
+        memo = frame.memo
+        if cache is not None and hasattr(cache, "__dict__"):
+            memo = cache.__dict__.setdefault("_veneer_memo", {})
+        elif memo is None and not torch.is_grad_enabled():
+            memo = {}
+        state.frame = replace(frame, cached=cache is not None, memo=memo)
+        try:
+            out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            state.frame = before
+        if memo:
+            _keep_memo(out, memo)
+        return out
+
+
+def _batch(given: dict[str, Any], dim: int) -> int:
+    for v in given.values():
+        if isinstance(v, Tensor) and v.dim() > dim:
+            return v.shape[dim]
+    return 0
+
+
+def _keep_memo(out: Any, memo: dict[Any, Tensor]) -> None:
+    cache = getattr(out, "cache", None) or getattr(out, "past_key_values", None)
+    if cache is None or not hasattr(cache, "__dict__"):
+        return
+    cache.__dict__["_veneer_memo"] = memo
+    reorder = getattr(cache, "reorder_cache", None)
+    if reorder is not None and not hasattr(reorder, "veneer"):
+
+        def reorder_both(beams: Tensor) -> Any:
+            for key, value in memo.items():
+                memo[key] = value.index_select(1, beams.to(value.device))
+            return reorder(beams)
+
+        reorder_both.veneer = True  # type: ignore[attr-defined]
+        cache.reorder_cache = reorder_both
+
+
+class LayerMixin:
+    """A layer that may be checkpointed: the frame travels with its arguments, so that the recomputation in the
+    backward pass sees the same routing and mask as the forward pass did."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "gradient_checkpointing", False) and self.training:  # type: ignore[attr-defined]
+            kwargs["_veneer_frame"] = self.__dict__["_veneer_host"].state.frame
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args: Any, _veneer_frame: Frame | None = None, **kwargs: Any) -> Any:
+        if _veneer_frame is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        state = self.__dict__["_veneer_host"].state
+        before, state.frame = state.frame, _veneer_frame
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            state.frame = before
+
+
+_CLASSES: dict[Any, type] = {}
+
+
+def subclass(cls: type, mixins: tuple[type, ...], tensors: tuple[str, ...]) -> type:
+    """The generated subclass of `cls` with these mixins, whose attributes `tensors` ask the host for their value.
+
+    It has the name and module of `cls`, since wrapping policies and attention lookups go by them.
+    """
+    key = (cls, mixins, tensors)
+    if key not in _CLASSES:
+        body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        body["_veneer_generated"] = True
+        for name in tensors:
+            body[name] = _tensor_property(name)
+        _CLASSES[key] = type(cls.__name__, (*mixins, cls), body)
+    return _CLASSES[key]
+
+
+def _tensor_property(name: str) -> property:
+    def get(self: Any) -> Any:
+        p = self.__dict__["_parameters"][name]
+        return p if p is None else self.__dict__["_veneer_host"].tensor(name, p)
+
+    return property(get)

@@ -1,0 +1,187 @@
+"""Merging: folding deviations that are linear in the weights into the weights, and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import known
+from .attach import state_of
+from .errors import CapabilityError, MergeError
+from .methods.parts import MapPart, Part, module_at
+
+
+@dataclass
+class Merged:
+    """What merging changed, so that it can be undone: the names, and each overwritten tensor's own data."""
+
+    names: tuple[str, ...]
+    active: tuple[str, ...]
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    added: list[tuple[nn.Module, str]] = field(default_factory=list)
+    error: float = 0.0
+
+
+def merge(model: nn.Module, names: str | Sequence[str] | None = None) -> Merged:
+    """Fold the adapters `names` (default: the active ones) into the base's weights: no latency is left.
+
+    W <- W + dW for each map, computed in fp32 (fp64 for an fp64 base) and rounded once; tensors that were overwritten
+    are kept, so vn.unmerge restores them bit for bit.
+
+    Raises: CapabilityError for a method or gate that is not linear in the weights, naming it; MergeError for a base whose
+    weights cannot be had (quantised), for weights tied to others, and for an adapter with NaN or infinity. Then the
+    model is as before.
+    """
+    state = state_of(model)
+    wanted = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
+    for n in wanted:
+        known(state, n)
+    if not wanted:
+        raise MergeError("there is no active adapter to merge", fix="Name one: vn.merge(model, 'mine')")
+    if state.merged is not None:
+        raise MergeError(f"{list(state.merged.names)} are merged already", fix="vn.unmerge(model) first")
+    new: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    added: dict[tuple[str, str], Tensor] = {}
+    parts = [p for n in wanted for p in state.adapters[n].parts]
+    _check(model, state, wanted, parts)
+    with torch.no_grad():
+        # the same order as in a call: inputs, tensors, then outputs stage by stage
+        rank = {"tensor": 0, "input": 1, "output": 2}
+        for group in _groups(sorted(parts, key=lambda p: (rank[p.acts], p.stage))):
+            for p in group:
+                _fold(model, p, group, new, added)
+    merged = Merged(wanted, state.active)
+    for param, value in new.values():
+        merged.kept[id(param)] = (param, param.data)
+        param.data = value.to(param.dtype)
+    for (path, tensor), value in added.items():
+        module = module_at(model, path)
+        module.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
+        merged.added.append((module, tensor))
+    state.merged, state.active = merged, ()
+    state.refresh()
+    return merged
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take merged adapters out again: every overwritten tensor gets its own data back, bit for bit.
+
+    Raises: MergeError if nothing is merged.
+    """
+    state = state_of(model)
+    if state.merged is None:
+        raise MergeError("nothing is merged into this model", fix="vn.merge(model, 'mine') first")
+    merged: Merged = state.merged
+    for param, data in merged.kept.values():
+        param.data = data
+    for module, tensor in merged.added:
+        module.register_parameter(tensor, None)
+    state.merged, state.active = None, merged.active
+    state.refresh()
+
+
+def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Part]) -> None:
+    for n in names:
+        for term in state.adapters[n].plan.terms():
+            m = term.method
+            if not m.mergeable:
+                raise CapabilityError(
+                    f"{m.name} (in {n!r}) cannot be merged: it is not linear in the weights",
+                    fix="Keep it attached, or settle to a plan of methods that merge (see vn.methods())",
+                )
+            if term.gate is not None and term.gate.per != "constant":
+                raise CapabilityError(
+                    f"the gates of {n!r} vary with the input and cannot be merged", fix="vn.settle(model, batches) makes them constants"
+                )
+    for p in parts:
+        for key, value in p.named_parameters():
+            if not torch.isfinite(value).all():
+                raise MergeError(f"{p.method_name} has NaN or infinity in {key!r}", where=p.site.path, fix="The base is untouched; train or load it again")
+    seen: dict[int, str] = {}
+    tied: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for key, value in module._parameters.items():
+            if value is not None:
+                tied.setdefault(id(value), []).append(f"{path}.{key}" if path else key)
+    for p in parts:
+        name = p.site.tensor or "weight"
+        module = module_at(model, p.site.path)
+        param = module._parameters.get(name)
+        where = f"{p.site.path}.{name}"
+        if param is None or not param.is_floating_point() or (p.acts != "tensor" and not _plain(module, p)):
+            raise MergeError("the base's weight cannot be had here, as in a quantised module", where=where, fix="Keep the adapter attached, or load the base unquantised to merge")
+        others = [o for o in tied[id(param)] if o != where]
+        if others:
+            raise MergeError(
+                f"this weight is tied to {others[0]}, which the adapter does not change", where=where,
+                fix="Untie them first (config.tie_word_embeddings=False and a copy of the weight), or keep the adapter attached",
+            )  # fmt: skip
+        seen[id(param)] = where
+
+
+def _plain(module: nn.Module, p: Part) -> bool:
+    """Whether the stored weight has the size that the site says: not packed by a quantiser."""
+    w = module._parameters.get(p.site.tensor or "weight")
+    if w is None or p.site.slice is not None:
+        return w is not None
+    return w.numel() == p.site.out * p.site.inp * max(1, p.site.experts)
+
+
+def _groups(parts: list[Part]) -> list[list[Part]]:
+    """Parts that see the same weights: same tensor, phase and stage."""
+    out: dict[Any, list[Part]] = {}
+    for p in parts:
+        phase = (p.acts, p.stage if p.acts == "output" else 0)
+        out.setdefault((p.site.path, p.site.tensor or "weight", phase), []).append(p)
+    return list(out.values())
+
+
+def _fold(model: nn.Module, p: Part, group: list[Part], new: dict[int, tuple[nn.Parameter, Tensor]], added: dict[tuple[str, str], Tensor]) -> None:
+    module = module_at(model, p.site.path)
+
+    def current(name: str) -> tuple[nn.Parameter | None, Tensor | None]:
+        param = module._parameters.get(name)
+        if param is None:
+            return None, None
+        if id(param) in new:
+            return param, new[id(param)][1]
+        return param, param.data.to(torch.promote_types(param.dtype, torch.float32))
+
+    def gate() -> float:
+        return 1.0 if p.gate is None else float(p.gate(None, None))
+
+    if p.acts == "tensor":
+        param, w = current(p.site.tensor)
+        assert param is not None and w is not None
+        base = param.data.to(w.dtype)
+        value = p.value(base) if p.gate is None else base + gate() * (p.value(base) - base)
+        new[id(param)] = (param, value if len(group) == 1 and id(param) not in new else w + (value - base))
+        return
+    assert isinstance(p, MapPart)
+    name = p.site.tensor or "weight"
+    param, w = current(name)
+    assert param is not None and w is not None
+    bias, b = current("bias") if name == "weight" else (None, None)
+    if name != "weight" and p.site.kind == "tensor":
+        bias, b = current(name.replace("weight", "bias"))
+    # every part of a group sees the weights from before the group
+    seen = p.before = next((q.before for q in group if getattr(q, "before", None) is not None), (w, b))
+    try:
+        from .ops.maps import place, take
+
+        dw, db = p.fold(p.map.canonical(seen[0]), None if seen[1] is None else take(seen[1], p.site.slice))
+        g = gate()
+        new[id(param)] = (param, w + p.map.stored(g * dw, w))
+        if db is not None:
+            if bias is not None and b is not None:
+                new[id(bias)] = (bias, b + place(g * db, p.site.slice))
+            elif bool(db.any()):
+                added[(p.site.path, "bias")] = (g * db).to(param.dtype)
+    finally:
+        if p is group[-1]:
+            for q in group:
+                q.__dict__.pop("before", None)

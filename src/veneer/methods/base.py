@@ -1,0 +1,128 @@
+"""What a method is: a frozen dataclass that says where it acts, and a `Part` for each site that says how.
+
+A method never sees the model's family, a quantiser or the trainer. It is given a `Site` and a `Build` and returns a
+`Part`, an `nn.Module` with the trainable tensors of that site and one rule. Which rule it has decides its port:
+
+    inward(x)        -> dx   added to the input of a map        (weight port)
+    deviation(x, h)  -> dh   added to the output of a map, or to the hidden state that leaves a block (weight, hidden)
+    fold(W, b)       -> dW, db  the same deviation in the map's own matrix, out x in (weight; for merging, and wherever
+                         the model reads the tensor itself)
+    value(p)         -> p'   what the base's tensor p is replaced by  (param)
+    keys_values()    -> K, V each (heads, n, head_dim)           (kv)
+    prompt()         -> (n, d)                                    (embed)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import CapabilityError, PlanError, did_you_mean
+from ..plan import Plan
+from ..sites import Site
+
+if TYPE_CHECKING:
+    import torch
+
+    from .parts import Part
+
+
+@dataclass
+class Build:
+    """What a method may know when it makes its parts: the model (read only), and whether a gate will scale it."""
+
+    model: Any
+    gated: bool = False
+    dtype: torch.dtype | None = None
+    tokenizer: Any = None
+    module: Any = None
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+
+class Method(Plan):
+    """Base of every method. Subclasses are frozen dataclasses; their fields are the hyper-parameters.
+
+    Class attributes declare what the method is and can do; asking for more is a `CapabilityError`.
+    """
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    ports: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str] = ""
+    mergeable: ClassVar[bool] = False
+    identity_at_init: ClassVar[bool] = True
+    routable: ClassVar[bool] = True
+    gateable: ClassVar[bool] = True
+    default_at: ClassVar[str] = ""
+
+    at: str | None
+
+    def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
+        """Yield (site, part) for every site that the method takes. `sites(pattern, port)` chooses among the model's."""
+        from .parts import module_at
+
+        for port in self.ports:
+            for site in sites(self.at, port, self.default_at):
+                build.module = module_at(build.model, site.path)
+                yield site, self.part(site, build)
+
+    def part(self, site: Site, build: Build) -> Part:
+        raise NotImplementedError
+
+    def leaves(self) -> Iterator[Method]:
+        yield self
+
+    # -- serialisation ------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"method": self.name}
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if value != f.default:
+                out[f.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    @classmethod
+    def from_fields(cls, given: dict[str, Any], where: str) -> Method:
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for key in given:
+            if key not in known:
+                raise PlanError(f"{cls.name} has no option {key!r}", where=where, fix=did_you_mean(key, known))
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        except TypeError as e:
+            raise PlanError(f"{cls.name}: {e}", where=where, fix=f"Its options: {', '.join(known)}") from None
+
+    # -- checks that methods share ---------------------------------------------------------------------------------
+    def _fail(self, what: str, fix: str = "") -> PlanError:
+        return PlanError(f"{type(self).__name__}: {what}", fix=fix)
+
+    def _positive(self, **values: Any) -> None:
+        for key, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise self._fail(f"{key} must be a whole number of at least 1, not {value!r}")
+
+    def _finite(self, **values: Any) -> None:
+        for key, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+                raise self._fail(f"{key} must be a finite number, not {value!r}")
+
+    def _share(self, **values: Any) -> None:
+        for key, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise self._fail(f"{key} must be a number from 0 up to, not including, 1, not {value!r}")
+
+    def _one_of(self, options: Any, **values: Any) -> None:
+        for key, value in values.items():
+            if value not in options:
+                raise self._fail(f"{key} is {value!r}", did_you_mean(str(value), map(str, options)))
+
+    def _pattern(self) -> None:
+        if self.at is not None and (not isinstance(self.at, str) or not self.at.strip()):
+            raise self._fail(f"at must be a pattern such as 'attn.{{q,v}}', not {self.at!r}")
+
+
+def need(condition: bool, what: str, fix: str = "") -> None:
+    """Raise `CapabilityError` unless `condition`."""
+    if not condition:
+        raise CapabilityError(what, fix=fix)

@@ -1,0 +1,60 @@
+"""Full: the tensors themselves, trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..sites import Site
+from .base import Build, Method
+from .parts import Part, TensorPart, like, module_at
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Ordinary fine-tuning of some tensors: each is replaced by a trained copy, and the base keeps its own.
+
+        y = f(x; θ'),   θ' = θ at the start
+
+    at        which modules' tensors: 'head' for a freshly initialised head, 'norm', 'ffn.*@-1:', 'all', …
+
+    The copies are saved whole, so a head that was initialised at random is the same after loading on a base whose head
+    came out otherwise. Parameters: as many as the tensors have. Raises: SiteError.
+    """
+
+    name = "full"
+    family = "selective"
+    ports = ("param",)
+    paper = ""
+    mergeable = True
+    default_at = "head"
+
+    at: str | None = "head"
+
+    def __post_init__(self) -> None:
+        self._pattern()
+
+    def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
+        for site in sites(self.at, "param", self.default_at):
+            if module_at(build.model, site.path)._parameters[site.tensor].is_floating_point():  # type: ignore[union-attr]
+                yield site, FullPart(site, build)
+
+
+class FullPart(TensorPart):
+    """p' is the trained copy itself."""
+
+    replaces = True
+
+    def __init__(self, site: Site, build: Build) -> None:
+        super().__init__(site)
+        p = module_at(build.model, site.path)._parameters[site.tensor]
+        assert p is not None
+        self.tensor = nn.Parameter(p.detach().clone().to(like(build, site)["dtype"]))
+
+    def value(self, p: Tensor) -> Tensor:
+        return self.cast(self.tensor, p)
+
+    def scale_by(self, c: float) -> bool:
+        return c == 1.0

@@ -1,0 +1,120 @@
+"""Parts: what a method leaves at one site. Each class below is one way of acting; a method subclasses one of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.maps import Map, map_of
+from ..sites import Site
+
+if TYPE_CHECKING:
+    from ..compose.gate import Gate
+    from .base import Build
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path) if path else model
+
+
+def like(build: Build, site: Site) -> dict[str, Any]:
+    """Device and dtype for new parameters at `site`: its module's device; fp32 where the base is in half precision.
+
+    Half-precision bases get fp32 master parameters, cast to the activations' dtype at use: the cast is as small as the
+    part, while casting the activations up would cost memory at every layer.
+    """
+    module = module_at(build.model, site.path)
+    params = [p for p in module.parameters() if p.is_floating_point()] or [
+        p for p in build.model.parameters() if p.is_floating_point()
+    ]
+    device = params[0].device if params else torch.device("cpu")
+    base = params[0].dtype if params else torch.float32
+    dtype = build.dtype or (base if base == torch.float64 else torch.float32)
+    return {"device": device, "dtype": dtype}
+
+
+class Part(nn.Module):
+    """The trainable tensors of one method at one site, with the rule that uses them.
+
+    `gate` is None or a `Gate`; `published` asks a kv part for the paper's way of gating.
+    """
+
+    acts: ClassVar[str] = ""
+    gate: Gate | None
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.gate = None
+        self.stage = 0
+        self.method_name = ""
+
+    def cast(self, p: Tensor, x: Tensor) -> Tensor:
+        """`p` in the dtype that `x` is computed in."""
+        return p if p.dtype == x.dtype else p.to(x.dtype)
+
+    def scale_by(self, c: float) -> bool:
+        """Fold the constant `c` into the parameters, so that the deviation is c times what it was. False: cannot."""
+        return False
+
+
+class OutputPart(Part):
+    """Adds `deviation(x, h)` to the output h of a map or a block whose input is x."""
+
+    acts = "output"
+
+    def deviation(self, x: Tensor, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class MapPart(OutputPart):
+    """An `OutputPart` at the weight port: `self.map` applies matrices as the base's module would."""
+
+    def __init__(self, site: Site, build: Build) -> None:
+        super().__init__(site)
+        self.map: Map = map_of(site, build.module)
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(dW, db) for the map's matrix w, out x in (experts: E x out x in), and bias b, in their own dtype."""
+        raise NotImplementedError
+
+
+class InputPart(MapPart):
+    """Adds `inward(x)` to the input of a map."""
+
+    acts = "input"
+
+    def inward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class TensorPart(Part):
+    """Gives the tensor that takes the place of the base's tensor p while the owner's module runs."""
+
+    acts = "tensor"
+
+    def value(self, p: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class KVPart(Part):
+    """Keys and values that attention sees before its own."""
+
+    acts = "kv"
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """K and V, each (heads, n, head_dim)."""
+        raise NotImplementedError
+
+
+class EmbedPart(Part):
+    """Vectors put before the embedded input sequence."""
+
+    acts = "embed"
+    keep: int = 0
+
+    def prompt(self) -> Tensor:
+        """(n, d)."""
+        raise NotImplementedError

@@ -1,0 +1,98 @@
+"""Prompt tuning: learnt vectors before the embedded input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..sites import Site
+from .base import Build, Method
+from .parts import EmbedPart, Part, like, module_at
+
+
+@dataclass(frozen=True)
+class PromptTuning(Method):
+    """Prompt tuning (Lester et al., EMNLP 2021, arXiv 2104.08691).
+
+        input = [P; E(x)],   P (n, d)
+
+    The attention mask, positions and token types grow with the input; the virtual tokens are cut from the tower's
+    output again, so labels and logits keep the user's length (an encoder-decoder's decoder still sees theirs).
+
+    length      n; 10 by default (the paper: 20 to 100)
+    init        'random' (N(0, 0.02²)), 'vocab' (rows of the token embedding, drawn at random; the paper's), or 'text'
+    text        the hand-written prompt whose token embeddings start P, repeated or cut to n tokens; needs the
+                `tokenizer` given to vn.attach. With length=None its own length is taken
+    before_cls  put P before an encoder's CLS token (as Hugging Face PEFT does) and not after it
+    at          'embed' of the first tower by default; 'decoder/embed', 'vision/embed', …
+
+    A gate scales P itself, by one number for each example; at g = 0 the n positions are still there, as zeros.
+
+    Parameters: n d. Not the identity at the start. Raises: PlanError, SiteError.
+    """
+
+    name = "prompt"
+    family = "soft prompt"
+    ports = ("embed",)
+    paper = "arXiv 2104.08691"
+    identity_at_init = False
+    default_at = "embed"
+
+    length: int | None = 10
+    init: str = "random"
+    text: str | None = None
+    before_cls: bool = False
+    at: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.length is not None:
+            self._positive(length=self.length)
+        self._one_of(("random", "vocab", "text"), init=self.init)
+        if (self.init == "text") != (self.text is not None):
+            raise self._fail("init='text' and text=... go together", "Give both, or neither")
+        if self.length is None and self.init != "text":
+            raise self._fail("length may be None only with init='text'")
+        self._pattern()
+
+    def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
+        found = sites(self.at, "embed", self.default_at)
+        for site in found if self.at is not None else found[:1]:
+            build.module = module_at(build.model, site.path)
+            yield site, self.part(site, build)
+
+    def part(self, site: Site, build: Build) -> Part:
+        return PromptPart(site, build, self)
+
+    def start(self, site: Site, build: Build) -> Tensor:
+        """The initial P (n, d)."""
+        new = like(build, site)
+        if self.init == "random":
+            return torch.empty(self.length or 0, site.width, **new).normal_(std=0.02)
+        if not site.enter:
+            raise self._fail(f"init={self.init!r} needs a token embedding, and {site.path or 'this model'} has none")
+        table = module_at(build.model, site.enter).weight
+        assert isinstance(table, Tensor)
+        if self.init == "vocab":
+            ids = torch.randint(table.shape[0], (self.length or 0,))
+        else:
+            if build.tokenizer is None:
+                raise self._fail("init='text' needs a tokenizer", "Give it: vn.attach(model, plan, tokenizer=tokenizer)")
+            ids = torch.tensor(build.tokenizer(self.text, add_special_tokens=False)["input_ids"])
+            if not len(ids):
+                raise self._fail(f"the text {self.text!r} has no tokens")
+            n = self.length or len(ids)
+            ids = ids.repeat(-(-n // len(ids)))[:n]
+        return table.detach()[ids.to(table.device)].to(**new).clone()
+
+
+class PromptPart(EmbedPart):
+    def __init__(self, site: Site, build: Build, m: PromptTuning) -> None:
+        super().__init__(site)
+        self.vectors = nn.Parameter(m.start(site, build))
+        self.keep = 0 if m.before_cls else site.keep
+
+    def prompt(self) -> Tensor:
+        return self.vectors

@@ -1,0 +1,225 @@
+"""Plans: methods combined, as values. `a + b` side by side, `a >> b` stacked, `gated(a + b)` under learnt gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import PlanError, did_you_mean
+
+if TYPE_CHECKING:
+    from .methods.base import Method
+
+
+class Plan:
+    """A combination of methods with their targets; an immutable value that says nothing of any model.
+
+    Methods are plans themselves. `a + b` puts plans side by side: each sees the base's own states, and their
+    deviations add. `a >> b` stacks them: where both act on the same state, b sees what a made of it. `vn.gated(a)`
+    scales every deviation in `a` by a learnt gate. `to_dict`/`from_dict` are strict: an unknown key is a `PlanError`.
+    """
+
+    def __add__(self, other: Plan) -> Plan:
+        _check(other, "+")
+        return Sum((*_members(self, Sum), *_members(other, Sum)))
+
+    def __rshift__(self, other: Plan) -> Plan:
+        _check(other, ">>")
+        return Stack((*_members(self, Stack), *_members(other, Stack)))
+
+    def leaves(self) -> Iterator[Method]:
+        """The methods in it, in order."""
+        raise NotImplementedError
+
+    def terms(self, stage: int = 0, gate: Gated | None = None) -> Iterator[Term]:
+        """The methods with the stage and the gate that each has; stages count from 0 and grow along `>>`."""
+        yield Term(self, stage, gate)  # type: ignore[arg-type]
+
+    def depth(self) -> int:
+        """How many stages it has."""
+        return 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (dicts, lists, numbers, strings), fit for JSON and YAML; `from_dict` reads it back."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_dict(data: Any, where: str = "plan") -> Plan:
+        """The plan that `data` describes.
+
+        `data` is a preset's name, a list (side by side), or a mapping with one of the keys `method` (and that method's
+        options), `sum`, `stack` (lists), or `gated` (a plan, and the options of `vn.gated`).
+
+        Raises: PlanError, for an unknown method, key or value, naming the nearest.
+        """
+        return _parse(data, where)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One method of a plan, the stage at which it acts, and the gate that scales it (None: no gate)."""
+
+    method: Method
+    stage: int
+    gate: Gated | None
+
+
+@dataclass(frozen=True)
+class Sum(Plan):
+    """Plans side by side: their deviations add."""
+
+    members: tuple[Plan, ...]
+
+    def leaves(self) -> Iterator[Method]:
+        for m in self.members:
+            yield from m.leaves()
+
+    def terms(self, stage: int = 0, gate: Gated | None = None) -> Iterator[Term]:
+        for m in self.members:
+            yield from m.terms(stage, gate)
+
+    def depth(self) -> int:
+        return max(m.depth() for m in self.members)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"sum": [m.to_dict() for m in self.members]}
+
+
+@dataclass(frozen=True)
+class Stack(Plan):
+    """Plans one after another: each sees the states as the ones before left them."""
+
+    members: tuple[Plan, ...]
+
+    def leaves(self) -> Iterator[Method]:
+        for m in self.members:
+            yield from m.leaves()
+
+    def terms(self, stage: int = 0, gate: Gated | None = None) -> Iterator[Term]:
+        for m in self.members:
+            yield from m.terms(stage, gate)
+            stage += m.depth()
+
+    def depth(self) -> int:
+        return sum(m.depth() for m in self.members)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"stack": [m.to_dict() for m in self.members]}
+
+
+PER = ("example", "token", "constant")
+GATES = ("deviation", "published")
+
+
+@dataclass(frozen=True)
+class Gated(Plan):
+    """A plan whose every deviation is scaled by a learnt gate; made by `vn.gated`."""
+
+    plan: Plan
+    per: str = "example"
+    gate: str = "deviation"
+    bias: float = 0.0
+    temperature: float = 1.0
+
+    def leaves(self) -> Iterator[Method]:
+        yield from self.plan.leaves()
+
+    def terms(self, stage: int = 0, gate: Gated | None = None) -> Iterator[Term]:
+        yield from self.plan.terms(stage, self)
+
+    def depth(self) -> int:
+        return self.plan.depth()
+
+    def to_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"gated": self.plan.to_dict()}
+        for key in ("per", "gate", "bias", "temperature"):
+            if getattr(self, key) != getattr(type(self), key):
+                out[key] = getattr(self, key)
+        return out
+
+
+def gated(plan: Plan, *, per: str = "example", gate: str = "deviation", bias: float = 0.0, temperature: float = 1.0) -> Plan:
+    """Scale every deviation of `plan` by a learnt gate (UniPELT; Mao et al., ACL 2022, arXiv 2110.07577).
+
+        h' = h + g · δ(x, h),   g = mean over real tokens of sigmoid((w·x + b) / temperature)
+
+    for each method, layer and module, with x (B, T, d) the input of the submodule that the method modifies, w (d) from
+    zero and b from `bias` (0, so g = 0.5 at the start). Padding does not count in the mean (in the paper's code it
+    does). In a causal tower the mean runs over the tokens so far, so that no token sees a later one and a key/value
+    cache changes nothing. Under a gate LoRA's alpha/r is 1, as in the paper.
+
+    per     'example' (the paper): one scalar for each example. 'token': g_t = sigmoid(w·x_t + b).
+            'constant': g = sigmoid(b), one learnt scalar, which can be merged.
+    gate    what the gate of a prefix scales. 'deviation' (default): out = attn + g·(attn with prefix - attn), off at
+            g = 0. 'published': the prefix's keys and values, as in the paper's code; there keys of zero still draw
+            attention at g = 0.
+
+    Raises: PlanError, for an unknown `per` or `gate`, a temperature that is not positive, or gates within gates.
+    """
+    _check(plan, "gated")
+    if per not in PER:
+        raise PlanError(f"gated: per is {per!r}", fix=did_you_mean(str(per), PER))
+    if gate not in GATES:
+        raise PlanError(f"gated: gate is {gate!r}", fix=did_you_mean(str(gate), GATES))
+    for key, value in (("bias", bias), ("temperature", temperature)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+            raise PlanError(f"gated: {key} must be a finite number, not {value!r}")
+    if temperature <= 0:
+        raise PlanError(f"gated: temperature must be positive, not {temperature!r}")
+    for term in plan.terms():
+        if term.gate is not None:
+            raise PlanError("gated: a gate within a gate", fix="Gate the whole plan once: vn.gated(a + b)")
+        if not term.method.gateable:
+            raise PlanError(
+                f"gated: {term.method.name} replaces tensors and has no deviation to scale",
+                fix=f"Put it beside the gates: vn.gated(...) + vn.{type(term.method).__name__}(...)",
+            )
+    return Gated(plan, per, gate, float(bias), float(temperature))
+
+
+def _check(value: Any, operator: str) -> None:
+    if not isinstance(value, Plan):
+        raise PlanError(f"{operator} takes plans, not {value!r}", fix="Make a method first, such as vn.LoRA(8)")
+
+
+def _members(plan: Plan, kind: type) -> tuple[Plan, ...]:
+    return plan.members if isinstance(plan, kind) else (plan,)  # type: ignore[attr-defined]
+
+
+def _parse(data: Any, where: str) -> Plan:
+    from .methods import find
+    from .presets import preset
+
+    if isinstance(data, Plan):
+        return data
+    if isinstance(data, str):
+        return preset(data)
+    if isinstance(data, list):
+        data = {"sum": data}
+    if not isinstance(data, dict):
+        raise PlanError(f"a plan is a mapping, a list or a preset's name, not {data!r}", where=where)
+    heads = [k for k in ("method", "sum", "stack", "gated") if k in data]
+    if len(heads) != 1:
+        keys = ", ".join(map(repr, data)) or "nothing"
+        raise PlanError(
+            f"a plan has exactly one of 'method', 'sum', 'stack', 'gated', not {keys}",
+            where=where,
+            fix=did_you_mean(str(next(iter(data), "")), ("method", "sum", "stack", "gated")),
+        )
+    head, rest = heads[0], {k: v for k, v in data.items() if k != heads[0]}
+    if head == "method":
+        return find(data["method"], where).from_fields(rest, where)
+    known = ("per", "gate", "bias", "temperature") if head == "gated" else ()
+    for key in rest:
+        if key not in known:
+            raise PlanError(f"{head!r} has no option {key!r}", where=where, fix=did_you_mean(str(key), known or (head,)))
+    if head == "gated":
+        return gated(_parse(data["gated"], f"{where}.gated"), **rest)
+    members = data[head]
+    if not isinstance(members, list) or not members:
+        raise PlanError(f"{head!r} takes a list of plans, not {members!r}", where=where)
+    plans = tuple(_parse(m, f"{where}.{head}[{i}]") for i, m in enumerate(members))
+    if len(plans) == 1:
+        return plans[0]
+    return Sum(plans) if head == "sum" else Stack(plans)
