@@ -22,6 +22,7 @@ _WHERE = {
     "store": ("save", "load"),
     "summary": ("summary",),
     "gates": ("gates",),
+    "settle": ("settle",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_HOME)

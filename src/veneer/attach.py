@@ -99,10 +99,8 @@ def make_parts(model: nn.Module, plan: Plan, dtype: torch.dtype | None = None, t
     """The parts of `plan` for `model`, not yet installed."""
     found = resolve.sites(model)
     parts: list[Part] = []
-    for term in plan.terms():
+    for i, term in enumerate(plan.terms()):
         build = Build(model, gated=term.gate is not None, dtype=dtype, tokenizer=tokenizer)
-        if hasattr(model, "is_loaded_in_4bit") or dtype is not None:
-            build.dtype = dtype
 
         def sites(at: str | None, port: str, default: str) -> list[Site]:
             why = "" if any(s.port == port for s in found) else resolve.why_not(model, port)
@@ -111,7 +109,7 @@ def make_parts(model: nn.Module, plan: Plan, dtype: torch.dtype | None = None, t
         try:
             for site, part in term.method.parts(sites, build):
                 part.stage, part.method_name = term.stage, term.method.name
-                part.index = sum(1 for p in parts if p.site.path == site.path)
+                part.term = i
                 if term.gate is not None:
                     part.gate = _gate(term, site, part, build)
                     part.published = term.gate.gate == "published" and part.acts == "kv"

@@ -73,6 +73,10 @@ class Method(Plan):
     def leaves(self) -> Iterator[Method]:
         yield self
 
+    def ungated(self) -> Method:
+        """The method that acts without a gate as this one does under it (before the gate's scale)."""
+        return self
+
     # -- serialisation ------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"method": self.name}

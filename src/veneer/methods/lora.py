@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ class LoRA(Method):
         self._pattern()
         if self.alpha is not None:
             self._finite(alpha=self.alpha)
+
+    def ungated(self) -> Method:
+        return replace(self, alpha=self.r)
 
     def part(self, site: Site, build: Build) -> Part:
         full = min(site.out, site.inp)

@@ -42,14 +42,24 @@ class Part(nn.Module):
     """
 
     acts: ClassVar[str] = ""
+    replaces: ClassVar[bool] = False
     gate: Gate | None
+    cell: Any
+    owner: Any
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
         self.gate = None
-        self.stage = 0
         self.method_name = ""
+        self.stage = 0  # along >>
+        self.term = 0  # which of the plan's methods
+        self.adapter = ""
+        self.published = False
+        self.visible = False  # a prompt that its tower's output keeps
+        # plain references, not submodules: the cell that brings the block's input, and the host that owns the tensor
+        self.__dict__["cell"] = None
+        self.__dict__["owner"] = None
 
     def cast(self, p: Tensor, x: Tensor) -> Tensor:
         """`p` in the dtype that `x` is computed in."""

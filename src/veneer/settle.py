@@ -1,0 +1,219 @@
+"""Settling: learnt gates become constants, small parts are dropped, and what is left is an ordinary static adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import Record, known
+from .attach import install, state_of, uninstall
+from .compose.gate import Gate
+from .errors import CapabilityError, PlanError
+from .gates import gates
+from .plan import Gated, Plan, Stack, Sum
+from .sites import Site
+
+
+@dataclass
+class SettleReport:
+    """What settling did.
+
+    plan    the static plan that is attached now
+    parts   dicts, one for each group of parts: method, module (role), layers, mean, std, parameters, kept, and `loss`, the
+            loss of score from removing the group (None where no `score` was given)
+    before, after   trainable parameters
+    """
+
+    plan: Plan
+    parts: list[dict[str, Any]]
+    before: int
+    after: int
+    name: str
+
+    def __str__(self) -> str:
+        lines = [f"{'method':<14}{'module':<12}{'gate':>14}{'parameters':>12}  {'loss if removed':>16}  kept"]
+        for p in self.parts:
+            loss = "-" if p["loss"] is None else f"{p['loss']:+.4f}"
+            lines.append(f"{p['method']:<14}{p['module']:<12}{p['mean']:>8.3f}±{p['std']:.3f}{p['parameters']:>12,}  {loss:>16}  {'yes' if p['kept'] else 'no'}")
+        lines.append(f"{self.before:,} -> {self.after:,} trainable parameters")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def settle(
+    model: nn.Module,
+    batches: Iterable[Any],
+    keep: int | float | None = None,
+    name: str | None = None,
+    *,
+    threshold: float = 0.0,
+    score: Callable[[nn.Module], float] | None = None,
+    retune: Callable[[nn.Module], None] | None = None,
+) -> SettleReport:
+    """Turn the gated adapter `name` into the smaller static one that its gates point to, in place.
+
+    The gates are measured on `batches`; each becomes its mean there. Groups of parts (one method in one role, as LoRA at
+    attn.q, over all layers) are ranked by mean gate, or, where `score` is given, by the measured loss of score from
+    removing them; those outside `keep` or under `threshold` are dropped. Constants are folded into the parameters
+    (LoRA's B, a bottleneck's W_up, (IA)3's l - 1, a bias' delta); a prefix keeps a constant gate. Ungated parts, such as
+    a head, stay. The result merges wherever its methods do.
+
+    keep       an int: that many groups; a float in (0, 1): groups, best first, up to that share of the gated parameters
+    threshold  drop groups whose mean gate is under it (0: none)
+    score      model -> float, higher is better, on held-out data; runs once for each group, and once for the whole
+    retune     model -> None: a brief training of what is left
+
+    Raises: CapabilityError (no gates), PlanError (a `keep` that leaves nothing). Then the adapter is as before.
+    """
+    batches = list(batches)
+    state = state_of(model)
+    report = gates(model, batches, name=name)
+    name = report.adapter
+    record: Record = state.adapters[known(state, name)]
+    gated = [p for p in record.parts if p.gate is not None]
+    means = {id(p): row for p, row in zip(gated, report.rows, strict=True)}
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for p in gated:
+        groups.setdefault((p.method_name, p.site.role), []).append(p)
+    if isinstance(keep, bool) or (keep is not None and (keep <= 0 or (isinstance(keep, float) and keep > 1))):
+        raise PlanError(f"keep={keep!r}", fix="Give a number of groups, as 2, or a share of the parameters, as 0.5")
+    rows: list[dict[str, Any]] = []
+    whole = score(model) if score is not None else None
+    for (method, role), parts in groups.items():
+        own = [means[id(p)] for p in parts]
+        loss = None
+        if score is not None and whole is not None:
+            loss = whole - _without(model, state, record, parts, score)
+        rows.append(
+            {
+                "method": method, "module": role, "layers": [p.site.layer for p in parts],
+                "mean": sum(r["mean"] for r in own) / len(own), "std": sum(r["std"] for r in own) / len(own),
+                "parameters": sum(q.numel() for p in parts for k, q in p.named_parameters() if not k.startswith("gate.")),
+                "loss": loss, "kept": True, "key": (method, role),
+            }
+        )  # fmt: skip
+    ranked = sorted(rows, key=lambda r: (r["loss"] if r["loss"] is not None else r["mean"], r["mean"]), reverse=True)
+    room = sum(r["parameters"] for r in rows) * keep if isinstance(keep, float) else None
+    used = 0
+    for i, r in enumerate(ranked):
+        r["kept"] = r["mean"] >= threshold
+        if isinstance(keep, int):
+            r["kept"] = r["kept"] and i < keep
+        elif room is not None:
+            r["kept"] = r["kept"] and used + r["parameters"] <= room
+            used += r["parameters"] if r["kept"] else 0
+    if not any(r["kept"] for r in rows):
+        raise PlanError("nothing would be left", fix=f"The largest mean gate is {max(r['mean'] for r in rows):.3f}; keep at least one group")
+    before = sum(q.numel() for p in record.parts for q in p.parameters())
+    kept = {r["key"] for r in rows if r["kept"]}
+    stay = [p for p in record.parts if p.gate is None or (p.method_name, p.site.role) in kept]
+    _rebuild(model, state, record, stay, means)
+    if retune is not None:
+        retune(model)
+    after = sum(q.numel() for p in record.parts for q in p.parameters())
+    for r in rows:
+        del r["key"]
+    return SettleReport(record.plan, rows, before, after, name)
+
+
+def _without(model: nn.Module, state: Any, record: Record, parts: list[Any], score: Callable[[nn.Module], float]) -> float:
+    """The score with `parts` switched off."""
+    names = [p.adapter for p in parts]
+    for p in parts:
+        p.adapter = ""
+    state.refresh()
+    try:
+        return score(model)
+    finally:
+        for p, n in zip(parts, names, strict=True):
+            p.adapter = n
+        state.refresh()
+
+
+def _rebuild(model: nn.Module, state: Any, record: Record, stay: list[Any], means: dict[int, Any]) -> None:
+    """Fold the gates of the parts that stay, and give the record the static plan that describes them."""
+    uninstall(model, state, record)
+    for p in stay:
+        if p.gate is not None:
+            mean, old = means[id(p)]["mean"], p.gate
+            p.gate = None if p.scale_by(mean) else _constant(old, mean)
+            p.published = p.published and p.gate is not None
+    record.parts = stay
+    record.plan = _static(model, record.plan, stay)
+    install(model, state, record)
+    state.refresh()
+
+
+def _constant(gate: Gate, mean: float) -> Gate:
+    mean = min(max(mean, 1e-6), 1 - 1e-6)
+    new = {"device": gate.bias.device, "dtype": gate.bias.dtype}
+    bias = float(torch.logit(torch.tensor(mean, dtype=torch.float64)))
+    return Gate(gate.width, per="constant", bias=bias, temperature=1.0, causal=False, new=new)
+
+
+def _static(model: nn.Module, plan: Plan, parts: list[Any]) -> Plan:
+    """`plan` with only what `parts` hold: gates gone (or constant), and each method's `at` narrowed to its sites."""
+    terms = iter(enumerate(plan.terms()))
+
+    def walk(p: Plan) -> Plan | None:
+        if isinstance(p, (Sum, Stack)):
+            members = tuple(q for m in p.members if (q := walk(m)) is not None)
+            return None if not members else members[0] if len(members) == 1 else type(p)(members)
+        if isinstance(p, Gated):
+            return walk(p.plan)
+        i, term = next(terms)
+        mine = [q for q in parts if q.term == i]
+        if not mine:
+            return None
+        method = term.method
+        if term.gate is not None:
+            method = method.ungated()
+            sites = [q.site for q in mine]
+            at = narrow(model, sites)
+            if len(mine) != term_count[i]:
+                method = dataclasses.replace(method, at=at)  # type: ignore[type-var]
+            if mine[0].gate is not None:
+                return Gated(method, per="constant", gate=term.gate.gate)
+        return method
+
+    from .attach import make_parts
+
+    with torch.random.fork_rng(devices=[]):
+        term_count: dict[int, int] = {}
+        for q in make_parts(model, plan):
+            term_count[q.term] = term_count.get(q.term, 0) + 1
+    out = walk(plan)
+    assert out is not None
+    return out
+
+
+def narrow(model: nn.Module, sites: list[Site]) -> str:
+    """A pattern that matches exactly `sites`: whole roles where they are whole, else roles with their layers."""
+    from . import resolve
+    from .sites import select
+
+    everything = [s for s in resolve.sites(model) if s.port == sites[0].port]
+    members: list[str] = []
+    for role in dict.fromkeys(s.role for s in sites):
+        mine = [s for s in sites if s.role == role]
+        if role and {s.path for s in select(everything, role, port=mine[0].port)} == {s.path for s in mine}:
+            members.append(role)
+            continue
+        for tower in dict.fromkeys(s.tower for s in mine):
+            here = [s for s in mine if s.tower == tower]
+            if role and all(s.layer is not None for s in here):
+                layers = ",".join(str(x) for x in dict.fromkeys(s.layer for s in here))
+                members.append((f"{tower}/" if tower else "") + f"{role}@{{{layers}}}")
+            else:
+                members += [f"name:{s.path.replace('.', chr(92) + '.')}" for s in here]
+    names = [m for m in members if m.startswith("name:")]
+    if names:  # a regular expression takes the rest of the pattern, so there can be one, at the end
+        members = [m for m in members if not m.startswith("name:")]
+        members.append("name:(" + "|".join(m.removeprefix("name:") for m in names) + ")")
+    return ",".join(members)
