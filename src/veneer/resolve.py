@@ -1,172 +1,483 @@
-"""From a model to its sites, by structure: repeated layers, names of projections, shapes, the attention call."""
+"""The sites of a model, from its structure: `sites(model)`, and `why_not` where there are none of a kind."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
-from . import families as f
-from .sites import Site, Slice
-from .structure import Maps, Structure, read
+from . import families as F
+from .roles import Attention, Feed, Mixer, attentions, code_names, expert_block, feeds, head_sizes, mixer_of
+from .sites import PORTS, Site
+from .structure import HIDDEN, Layer, Map, Node, is_mha, layer_roots, subtree, tree, words
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """Every site of `model`, in the model's order, port by port within a module; also of a model with adapters.
+    """Every place of `model` where a method may act, in the model's order within each port.
 
-    Found from structure, so it works for models that no hint covers. A site whose role structure does not tell has
-    role ''; 'linear', 'all' and 'name:REGEX' still reach it.
+    Computed anew at each call: what is attached already is passed over, and a change of the model is seen.
     """
-    s = read(model)
-    found = [*_weights(s), *_params(s), *_hidden(s), *_kv(s), *_embed(s)]
-    order = {p: i for i, p in enumerate(s.modules)}
-    return sorted(found, key=lambda x: order[x.path])
+    return Resolved(model).sites()
 
 
 def why_not(model: nn.Module, port: str) -> str:
-    """Why `model` has no site of `port`."""
+    """A sentence that says why `model` has no site for `port`; '' where it has some."""
+    r = Resolved(model)
+    found = r.sites()
+    if any(s.port == port for s in found):
+        return ""
+    name = type(model).__name__
+    if port not in PORTS:
+        return f"there is no port {port!r}; the ports are {', '.join(PORTS)}"
     if port == "kv":
-        if not read(model).attentions:
-            return "It has no attention that takes keys and values; use vn.LoRA, vn.Bottleneck or vn.PromptTuning"
-        return "Its attention computes its scores by itself (not through transformers' AttentionInterface nor F.scaled_dot_product_attention); use vn.LoRA or vn.Bottleneck"
+        if not r.attn:
+            kind = "state-space mixers in place of attention" if r.mixers else "no attention"
+            return f"{name} has {kind}, so there are no keys and values to put a prefix before"
+        kind = r.attn[0].owner.cls.__name__
+        return (
+            f"{kind} in {name} computes attention in its own code, and calls neither transformers' AttentionInterface nor"
+            " F.scaled_dot_product_attention, so keys and values cannot be added there"
+        )
     if port == "embed":
-        return "No module takes its embedded input as an argument; use vn.Prefix or vn.LoRA"
+        if not r.attn and not r.mixers:
+            return f"{name} has no layers over a sequence, so there is nothing that a prompt could stand before"
+        return f"no module of {name} takes its sequence already embedded (as inputs_embeds or an encoder's first argument)"
     if port == "hidden":
-        return "No attention or feed-forward block was recognised; vn.LoRA(at='name:REGEX') takes any linear map"
+        return f"no block of {name} has the shape of attention, a feed-forward layer or a mixer with a known end"
+    return f"{name} has no {'parameters' if port == 'param' else 'linear, convolution or embedding layers'}"
+
+
+class Resolved:
+    """One reading of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.nodes = tree(model)
+        self.at = {n.path: n for n in self.nodes}
+        self.configs = {n: c for n in self.nodes if (c := n.module.__dict__.get("config")) is not None}
+        self.config = getattr(model, "config", None) or next(iter(self.configs.values()), None)
+        self.model_type = str(getattr(self.config, "model_type", ""))
+        self.attn: list[Attention] = []
+        self.mixers: list[Mixer] = []
+        self.feeds: list[tuple[Feed, Layer]] = []
+        self._cores()
+        self._layers()
+        self._feeds()
+        self.head = self._head()
+        self._towers()
+        self._embeddings()
+
+    def config_of(self, node: Node) -> Any:
+        return next((self.configs[n] for n in node.up() if n in self.configs), self.config)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+    def _cores(self) -> None:
+        self.attn = attentions(self.nodes, self.model_type, self.config)
+        taken = {m for a in self.attn for m in a.maps()}
+        for n in self.nodes:
+            if (mixer := mixer_of(n, taken)) is not None:
+                self.mixers.append(mixer)
+
+    def _layers(self) -> None:
+        cores = [a.owner for a in self.attn] + [m.owner for m in self.mixers]
+        if not cores:  # blocks without attention: whatever repeats and has two maps or more
+            cores = [n for n in self.nodes if n.count > 1 and not any(c.count > 1 for c in n.children)]
+            cores = [n for n in cores if any(p.parent is not None and isinstance(p.parent.module, (nn.ModuleList, nn.Sequential)) for p in n.up())]
+        roots = layer_roots(self.nodes, sorted(cores, key=lambda n: n.index))
+        self.layers = [Layer(root, nested) for root, nested in roots.items()]
+        self.layer_of: dict[Node, Layer] = {}
+        for layer in self.layers:
+            for n in self.nodes[layer.root.index : layer.root.end]:
+                self.layer_of[n] = layer
+
+    def _feeds(self) -> None:
+        widths: dict[Layer, int] = {}
+        for a in self.attn:
+            if (layer := self.layer_of.get(a.owner)) is not None:
+                widths.setdefault(layer, a.o.out if a.o is not None else a.q.inp)
+        for m in self.mixers:
+            if (layer := self.layer_of.get(m.owner)) is not None:
+                widths.setdefault(layer, m.out.out)
+        for layer in self.layers:
+            maps = [m for n in self.nodes[layer.root.index : layer.root.end] for m in n.maps]
+            layer.width = widths.get(layer, 0)
+            for feed in feeds(maps, layer.width, self.model_type):
+                block = expert_block(feed.down.node, layer.root)
+                if block is None and feed.down.kind == "experts":
+                    block = feed.down.node.parent
+                feed.block = block
+                self.feeds.append((feed, layer))
+                layer.width = layer.width or feed.down.out
+        # a shared expert stands in the sparse block too: its output is only a part of the block's
+        sparse = {f.block for f, _ in self.feeds if f.block is not None}
+        for f, _ in self.feeds:
+            if f.block is None:
+                f.block = next((n for n in f.down.node.up() if n in sparse), None)
+        for n in self.nodes:
+            for m in n.maps:
+                if not m.role and n in self.layer_of and m.kind == "linear" and n.parent is not None:
+                    beside = any("expert" in c.name.lower() and c is not n for c in n.parent.children)
+                    if beside and (words(m.name) in F.ROUTER or m.name.lower() in F.ROUTER):
+                        m.role = "router"
+
+    def _head(self) -> set[Node]:
+        """Nodes of what stands outside the base model."""
+        head: set[Node] = set()
+        holders = {n for layer in self.layers for n in layer.root.up()}
+        node: Node | None = self.nodes[0]
+        while node is not None:
+            base = self._base(node)
+            after = False
+            for child in node.children:
+                inside = child in holders
+                after = after or inside
+                if inside or (child in self.layer_of and not self._flat(node)):
+                    continue
+                if base is not None:
+                    out = child is not base
+                elif hasattr(node.cls, "base_model_prefix"):
+                    out = after and child.name.lower() in F.HEAD
+                elif "norm" in child.cls.__name__.lower() or child.count == 0:
+                    out = False
+                else:
+                    kinds = {m.kind for n in subtree(child) for m in n.maps}
+                    out = (after or child.name.lower() in F.HEAD) and bool(kinds & {"linear", "transposed", "conv"})
+                    out = out and not any(m.role for n in subtree(child) for m in n.maps) and "pool" not in child.name.lower()
+                if out:
+                    head.update(subtree(child))
+            inner = [c for c in node.children if c in holders and c not in self.layer_of]
+            if base is not None and base in inner:
+                node = base
+            else:
+                node = inner[0] if len(inner) == 1 and not isinstance(inner[0].module, nn.ModuleList) else None
+        return head
+
+    def _flat(self, node: Node) -> bool:
+        """Whether `node` is the root and itself the only block: what follows its feed-forward layer is a head."""
+        return node.index == 0 and any(layer.root is node for layer in self.layers)
+
+    def _base(self, node: Node) -> Node | None:
+        prefix = getattr(node.cls, "base_model_prefix", None)
+        if not isinstance(prefix, str) or not prefix:
+            return None
+        return next((c for c in node.children if c.name == prefix and c.count > 1), None)
+
+    def _towers(self) -> None:
+        """The stacks of layers, each with its name, and which part of the model belongs to it."""
+        keys: dict[Layer, tuple[str, str]] = {}  # (scope path, label)
+        both = {p for layer in self.layers for p in layer.root.path.split(".")} >= F.SIDES
+        for layer in self.layers:
+            keys[layer] = _scope(layer.root.path, both)
+        distinct = dict.fromkeys(keys.values())
+        self.single = len(distinct) <= 1
+        self.scopes: dict[str, str] = {}
+        if self.single:
+            name = "decoder" if self._causal_model() else "encoder"
+            self.scopes[name] = ""
+            for layer in self.layers:
+                layer.tower = name
+        else:
+            labels = [label for _, label in distinct]
+            for (scope, label), first in {k: next(la for la in self.layers if keys[la] == k) for k in distinct}.items():
+                name = label if label and labels.count(label) == 1 else scope.rsplit(".", 1)[-1]
+                if not name:
+                    name = "decoder" if self._causal_near(first.root) else "encoder"
+                while name in self.scopes:
+                    name += "_"
+                self.scopes[name] = scope
+                for layer in self.layers:
+                    if keys[layer] == (scope, label):
+                        layer.tower = name
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            layer.number = counts.get(layer.tower, 0)
+            counts[layer.tower] = layer.number + 1
+
+    def tower_of(self, node: Node) -> str:
+        layer = self.layer_of.get(node)
+        if layer is not None:
+            return layer.tower
+        best = ""
+        for name, scope in self.scopes.items():
+            inside = not scope or node.path == scope or node.path.startswith(scope + ".")
+            if inside and (self.single or scope) and len(scope) >= len(self.scopes.get(best, "")):
+                best = name
+        return best
+
+    # -- causality ----------------------------------------------------------------------------------------------------
+    def _causal_model(self) -> bool:
+        return self._causal_near(self.nodes[0]) or self.model_type in F.CAUSAL
+
+    def _causal_near(self, *nodes: Node) -> bool:
+        a = next((a for a in self.attn if not a.cross and any(n.holds(a.owner) for n in nodes)), None)
+        return self.causal(a) if a is not None else any(n.holds(m.owner) for m in self.mixers for n in nodes)
+
+    def causal(self, a: Attention) -> bool:
+        """Whether a position sees only those before it."""
+        if a.cross:
+            return False
+        if is_mha(a.owner):  # the caller decides; a layer that attends to a memory too is a decoder's
+            return any(c.cross and c.owner.parent is a.owner.parent for c in self.attn)
+        flag = a.owner.module.__dict__.get("is_causal")
+        if flag is True or self.model_type in F.CAUSAL or "is_causal=True" in code_names(a.owner.cls):
+            return True
+        if flag is None and getattr(self.config_of(a.owner), "is_decoder", None) is True:
+            return True
+        for node in a.owner.up():
+            if node is a.owner or node in self.layer_of:
+                continue
+            names = code_names(node.cls)
+            bidirectional = "create_bidirectional_mask" in names
+            if "create_causal_mask" in names and not bidirectional:
+                return getattr(self.config_of(a.owner), "is_decoder", None) is not False or flag is None or "is_decoder" not in names
+            if bidirectional:
+                return False
+        return False
+
+    def _embeddings(self) -> None:
+        """The token embedding of every tower gets the role 'embed'."""
+        self.tokens: dict[str, Node] = {}
+        loose = [n for n in self.nodes if any(m.kind == "embedding" for m in n.maps) and n not in self.layer_of and n not in self.head]
+        flat = [n for n in self.nodes if any(m.kind == "embedding" for m in n.maps) and n in self.layer_of and self._flat(self.layer_of[n].root)]
+        usual = [n for n in loose + flat if n.name.lower() in F.TOKEN_EMBEDDING or (n.name.isdigit() and n.label.lower() in F.TOKEN_EMBEDDING)]
+        other = [n for n in loose + flat if n not in usual and not any(w in n.label.lower() for w in F.NOT_TOKENS)]
+        for n in usual or other[:1]:
+            n.maps[0].role = "embed"
+            self.tokens.setdefault(self.tower_of(n), n)
+        shared = self.tokens.get("")
+        if shared is None and self.single and self.tokens:
+            shared = next(iter(self.tokens.values()))
+        self.shared = shared
+
+    # -- sites --------------------------------------------------------------------------------------------------------
+    def sites(self) -> list[Site]:
+        return [*self._weights(), *self._params(), *self._hidden(), *self._kv(), *self._embed()]
+
+    def _place(self, node: Node) -> dict[str, Any]:
+        layer = self.layer_of.get(node)
+        if layer is not None and node in self.head:
+            layer = None
+        return {"layer": layer.number if layer else None, "tower": self.tower_of(node)}
+
+    def batch_dim(self, node: Node) -> int:
+        """1 in torch's own transformer layers and attention where their batch comes second."""
+        for n in node.up():
+            torch_own = n.cls.__module__.startswith("torch.nn.modules.")
+            if is_mha(n) or (torch_own and n.cls.__module__.endswith("transformer")):
+                mha = n if is_mha(n) else next((c for c in subtree(n) if is_mha(c)), None)
+                if mha is not None and not getattr(mha.module, "batch_first", True):
+                    return 1
+        return 0
+
+    def _weights(self) -> list[Site]:
+        found = []
+        for n in self.nodes:
+            for m in n.maps:
+                role = "head" if n in self.head else m.role
+                common = dict(
+                    path=n.path, port="weight", kind=m.kind, tensor=m.tensor, inp=m.inp, experts=m.experts,
+                    transposed=m.transposed, batch_dim=self.batch_dim(n) if m.kind in ("linear", "tensor") else 0,
+                    **self._place(n),
+                )  # fmt: skip
+                if m.parts and n not in self.head:
+                    found += [Site(role=r, out=s.size, slice=s, **common) for r, s in m.parts]
+                else:
+                    found.append(Site(role=role, out=m.out, **common))
+        return found
+
+    def _params(self) -> list[Site]:
+        found = []
+        owners: dict[int, list[Node]] = {}
+        for n in self.nodes:
+            for p in n.module._parameters.values():
+                if p is not None:
+                    owners.setdefault(id(p), []).append(n)
+        mixed = {n for mixer in self.mixers for n in subtree(mixer.owner)}
+        for n in self.nodes:
+            role = self._param_role(n, mixed)
+            for name, p in n.module._parameters.items():
+                if p is None or name.startswith(HIDDEN):
+                    continue
+                several = owners[id(p)]
+                # a tied tensor stands where maps use it; a second name for it that no map uses is left out
+                if len(several) > 1 and not n.maps and any(o.maps for o in several):
+                    continue
+                found.append(Site(path=n.path, port="param", role=role, tensor=name, shape=tuple(p.shape), **self._place(n)))
+        return found
+
+    def _param_role(self, n: Node, mixed: set[Node]) -> str:
+        if n in self.head:
+            return "head"
+        if any(m.kind == "experts" and m.role for m in n.maps):
+            return "ffn.experts"
+        if n.maps and n.maps[0].role:
+            return n.maps[0].role
+        if _is_norm(n):
+            return "norm"
+        if n in mixed:
+            return "mixer"
+        if n.name.lower() in F.ROUTER and n.parent is not None and any("expert" in c.name.lower() for c in n.parent.children):
+            return "router"
+        return ""
+
+    def _hidden(self) -> list[Site]:
+        found: list[tuple[int, Site]] = []
+
+        def add(role: str, enter: Node, path: Node, width: int, where: Node, causal: bool) -> None:
+            place = self._place(where)
+            site = Site(
+                path=path.path, port="hidden", role=role, enter=enter.path, width=width, causal=causal,
+                batch_dim=self.batch_dim(path), **place,
+            )  # fmt: skip
+            found.append((path.index, site))
+
+        for a in self.attn:
+            if is_mha(a.owner):
+                add("cross" if a.cross else "attn", a.owner, a.owner, a.owner.module.embed_dim, a.owner, self.causal(a))  # type: ignore[arg-type]
+            elif a.o is not None:
+                enter = a.q.node
+                if words(a.q.name) == "q_b":  # the block's input enters the low-rank map before it
+                    enter = next((m.node for m in a.owner.own() if words(m.name) == "q_a"), enter)
+                add("cross" if a.cross else "attn", enter, a.o.node, a.o.out, a.owner, self.causal(a))
+        for mixer in self.mixers:
+            add("mixer", mixer.enter.node, mixer.out.node, mixer.out.out, mixer.owner, True)
+        blocks: dict[Node, None] = {}
+        causal = {t: self._causal_near(*(la.root for la in self.layers if la.tower == t)) for t in {la.tower for la in self.layers}}
+        for feed, layer in self.feeds:
+            if feed.block is not None:
+                if feed.block is not layer.root and feed.block not in blocks:
+                    blocks[feed.block] = None
+                    add("ffn", feed.block, feed.block, feed.down.out, feed.block, causal.get(layer.tower, False))
+                continue
+            enter = feed.gate if feed.gate is not None else feed.up
+            add("ffn", enter.node, feed.down.node, feed.down.out, feed.down.node, causal.get(layer.tower, False))
+        return [s for _, s in sorted(found, key=lambda e: e[0])]
+
+    def _kv(self) -> list[Site]:
+        found = []
+        for a in self.attn:
+            caller, via = self._via(a)
+            if caller is None:
+                continue
+            _, heads, dim = head_sizes(a, self.config_of(a.owner))
+            wide = a.owner.get("v_head_dim")
+            if not heads or not dim or (wide and wide != dim) or a.owner.get("qk_nope_head_dim"):
+                continue
+            enter = caller if via == "mha" else a.q.node
+            found.append(
+                Site(
+                    path=caller.path, port="kv", role="cross" if a.cross else "attn", enter=enter.path, heads=heads, head_dim=dim,
+                    via=via, causal=self.causal(a), batch_dim=self.batch_dim(caller), width=a.q.inp, **self._place(a.owner),
+                )
+            )  # fmt: skip
+        return found
+
+    def _via(self, a: Attention) -> tuple[Node | None, str]:
+        """The module that makes the attention call, and how."""
+        if is_mha(a.owner):
+            return a.owner, "mha"
+        layer = self.layer_of.get(a.owner)
+        for n in a.owner.up():
+            names = code_names(n.cls)
+            if "ALL_ATTENTION_FUNCTIONS" in names:
+                return n, "registry"
+            if "scaled_dot_product_attention" in names:
+                # a forward that can do without it does so unless the configuration asks for it
+                impl = getattr(self.config_of(n), "_attn_implementation", None)
+                if "softmax" in names and impl is not None and impl != "sdpa":
+                    return None, ""
+                return n, "sdpa"
+            if layer is None or n is layer.root:
+                break
+        return None, ""
+
+    def _embed(self) -> list[Site]:
+        found = []
+        for name, scope in self.scopes.items():
+            layers = [la for la in self.layers if la.tower == name]
+            has = [a for a in self.attn if any(la.root.holds(a.owner) for la in layers)] or [
+                m for m in self.mixers if any(la.root.holds(m.owner) for la in layers)
+            ]
+            if not has:
+                continue
+            tokens = self.tokens.get(name) or (self.shared if not self._modal(scope) else None)
+            above = [n for n in layers[0].root.up() if n not in self.layer_of]
+            causal = self._causal_near(*(la.root for la in layers))
+            keep = 0
+            node = next((n for n in above if {"inputs_embeds", "input_ids"} <= set(_arguments(n.cls))), None)
+            argument = "inputs_embeds"
+            if node is not None and tokens is not None:
+                cls_first = self.single and not causal and not getattr(self.config, "is_encoder_decoder", False)
+                keep = 1 if cls_first else 0
+                width = tokens.maps[0].out
+            else:
+                node, argument = self._embedded_first(above, layers)
+                if node is None:
+                    continue
+                owners = [n for n in self.nodes if self.tower_of(n) == name]
+                keep = int(any(t in F.CLASS_TOKEN for n in owners for t in n.module._parameters))
+                width = layers[0].width
+            found.append(
+                Site(
+                    path=node.path, port="embed", role="embed", tower=name, argument=argument, keep=keep, causal=causal,
+                    enter=tokens.path if tokens is not None else "", width=width, batch_dim=self.batch_dim(node),
+                )
+            )  # fmt: skip
+        return found
+
+    def _modal(self, scope: str) -> bool:
+        return bool(scope) and _label(scope.rsplit(".", 1)[-1]) in ("vision", "audio")
+
+    def _embedded_first(self, above: list[Node], layers: list[Layer]) -> tuple[Node | None, str]:
+        """The innermost module round the layers whose first argument is an embedded sequence."""
+        if any(la.nested for la in layers) or not above:
+            return None, ""
+        for n in above:
+            if isinstance(n.module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+                continue
+            first = next(iter(_arguments(n.cls)), "")
+            embeds = [m for c in subtree(n) if c not in self.layer_of for m in c.maps if m.kind == "embedding"]
+            if first in F.EMBEDDED and not embeds and n.path:
+                return n, first
+            return None, ""
+        return None, ""
+
+
+def _label(component: str) -> str:
+    parts = component.lower().split("_")
+    for label, table in F.MODALITY.items():
+        if any(p in table for p in parts):
+            return label
     return ""
 
 
-def _slices(s: Structure, path: str, role: str, total: int) -> list[tuple[str, Slice | None]]:
-    """The roles that the map at `path` holds, each with its slice."""
-    if role == "attn.qkv" or role == "cross.qkv":
-        block = role.split(".")[0]
-        a = next(a for a in s.attentions if a.qkv == path)
-        return [(f"{block}.{x}", part) for x, part in zip("qkv", _fused(s, a, total), strict=True)]
-    if role == "ffn.gate_up":
-        half = total // 2
-        return [("ffn.gate", Slice(1, total, 0, half)), ("ffn.up", Slice(1, total, half, total))]
-    return [(role, None)]
+def _scope(path: str, sides: bool) -> tuple[str, str]:
+    """(path of the tower, label) that the names on a layer's path give; ('', '') where they give none."""
+    names = path.split(".")
+    for i, name in enumerate(names):
+        if label := _label(name):
+            return ".".join(names[: i + 1]), label
+    if sides:
+        for i, name in enumerate(names):
+            if name in F.SIDES:
+                return ".".join(names[: i + 1]), name
+    return "", ""
 
 
-def _fused(s: Structure, a: Any, total: int) -> tuple[Slice, Slice, Slice]:
-    layout = f.FUSED.get(s.model_type, "")
-    hd = a.head_dim
-    if layout == "falcon":
-        c = s.model.config
-        if getattr(c, "new_decoder_architecture", False):
-            per = c.num_attention_heads // c.num_kv_heads
-            n = (per + 2) * hd
-            g = total // n
-            return Slice(g, n, 0, per * hd), Slice(g, n, per * hd, (per + 1) * hd), Slice(g, n, (per + 1) * hd, n)
-        layout = "" if getattr(c, "multi_query", False) else "per_head"
-    if layout == "per_head":
-        n = 3 * hd
-        g = total // n
-        return Slice(g, n, 0, hd), Slice(g, n, hd, 2 * hd), Slice(g, n, 2 * hd, n)
-    if layout == "codegen":
-        n = total // 4
-        t = n // 3
-        return Slice(4, n, 0, t), Slice(4, n, 2 * t, n), Slice(4, n, t, 2 * t)
-    q = a.inner or total // 3
-    k = (total - q) // 2
-    return Slice(1, total, 0, q), Slice(1, total, q, q + k), Slice(1, total, q + k, total)
+def _is_norm(n: Node) -> bool:
+    params = [p for p in n.module._parameters.values() if p is not None]
+    if not params or any(p.dim() != 1 for p in params) or n.children:
+        return False
+    names = n.module.__dict__
+    named = "norm" in n.cls.__name__.lower() or "norm" in n.name.lower() or n.name.lower() in ("ln", "ln_f", "ln1", "ln2", "ln_1", "ln_2")
+    return named or (len(params) <= 2 and any(k in names for k in ("normalized_shape", "variance_epsilon", "eps")))
 
 
-def _weights(s: Structure) -> Iterator[Site]:
-    for path, module in s.modules.items():
-        where = {"layer": s.layer(path), "tower": s.tower(path), "causal": s.causal(path), "batch_dim": s.batch_dim(path)}
-        if path in s.maps:
-            kind, out, inp = s.maps[path]
-            tensor, enter = "weight", ""
-            if path in s.read_by:
-                kind, enter = "tensor", s.read_by[path]
-            for role, part in _slices(s, path, s.roles.get(path, ""), out):
-                yield Site(path, "weight", role, kind=kind, tensor=tensor, out=part.size if part else out, inp=inp, slice=part, enter=enter, **where)
-        if path in s.mha:
-            w = module._parameters.get("in_proj_weight")
-            block = s.mha[path]
-            if w is not None:
-                d = w.shape[1]
-                for i, x in enumerate("qkv"):
-                    yield Site(path, "weight", f"{block}.{x}", kind="tensor", tensor="in_proj_weight", out=d, inp=d, slice=Slice(1, 3 * d, i * d, (i + 1) * d), **where)
-            else:
-                for x in "qkv":
-                    w = module._parameters[f"{x}_proj_weight"]
-                    yield Site(path, "weight", f"{block}.{x}", kind="tensor", tensor=f"{x}_proj_weight", out=w.shape[0], inp=w.shape[1], **where)
-        if path in s.experts:
-            for tensor, roles in f.FUSED_EXPERTS.items():
-                w = module._parameters.get(tensor)
-                if w is None or w.dim() != 3:
-                    continue
-                e, a, b = w.shape
-                transposed = s.experts[path]
-                out, inp = (b, a) if transposed else (a, b)
-                for i, role in enumerate(roles):
-                    n = out // len(roles)
-                    part = Slice(1, out, i * n, (i + 1) * n) if len(roles) > 1 else None
-                    yield Site(path, "weight", role, kind="experts", tensor=tensor, out=n, inp=inp, slice=part, experts=e, transposed=transposed, **where)
-
-
-def _params(s: Structure) -> Iterator[Site]:
-    for path, module in s.modules.items():
-        role = s.roles.get(path, "")
-        if path in s.mha:
-            role = f"{s.mha[path]}.qkv"
-        elif path in s.experts:
-            role = "ffn.experts"
-        for name, p in module._parameters.items():
-            if p is not None:
-                yield Site(
-                    path, "param", role, s.layer(path), s.tower(path), tensor=name, shape=tuple(p.shape), causal=s.causal(path),
-                    batch_dim=s.batch_dim(path), enter=s.read_by.get(path, ""),
-                )  # fmt: skip
-
-
-def _hidden(s: Structure) -> Iterator[Site]:
-    for a in s.attentions:
-        if a.o and a.q:
-            width = s.maps[a.o][1] if a.o in s.maps else getattr(s.modules[a.o], "embed_dim", 0)
-            yield Site(a.o, "hidden", a.block, s.layer(a.path), s.tower(a.path), enter=a.q, width=width, causal=s.causal(a.path), batch_dim=s.batch_dim(a.path))
-    for role, enter, path, width in s.blocks:
-        yield Site(path, "hidden", role, s.layer(path), s.tower(path), enter=enter, width=width, causal=s.causal(path), batch_dim=s.batch_dim(path))
-
-
-def _kv(s: Structure) -> Iterator[Site]:
-    for a in s.attentions:
-        if a.via and a.kv_heads and a.head_dim:
-            yield Site(a.path, "kv", a.block, s.layer(a.path), s.tower(a.path), enter=a.q, heads=a.kv_heads, head_dim=a.head_dim, via=a.via, causal=s.causal(a.path) and a.block == "attn", batch_dim=s.batch_dim(a.path))
-
-
-def _embed(s: Structure) -> Iterator[Site]:
-    several = len(s.stacks) > 1
-    class_token = any(
-        any(t in n.lower() for t in ("cls_token", "class_token", "class_embedding")) for m in s.modules.values() for n in m._parameters
-    )
-    for stack, tower in s.stacks.items():
-        if any(part == "*" for part in stack.split(".")):
-            continue  # nested stages change the sequence between them
-        path = stack
-        while True:
-            path = path.rpartition(".")[0]
-            module = s.modules[path]
-            names = Maps.signature(module)
-            if "inputs_embeds" in names and "input_ids" in names:
-                table = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
-                enter = next((p for p, m in s.modules.items() if m is table), "")
-                if enter or table is None:
-                    width = getattr(table, "embedding_dim", 0) or s.width(stack)
-                    causal = s.causal(stack)
-                    yield Site(path, "embed", "embed", None, tower, enter=enter, width=width, argument="inputs_embeds", keep=int(not causal and not several), causal=causal)
-                break
-            first = names[0] if names else ""
-            own = s.layer_class(stack)
-            if path and first in ("hidden_states", "inputs_embeds", "src", "hidden_state", "x") and type(module).__name__ != own:
-                yield Site(
-                    path, "embed", "embed", None, tower, width=s.width(stack), argument=first, keep=int(class_token and tower != "text"),
-                    batch_dim=s.batch_dim(path), causal=s.causal(stack),
-                )  # fmt: skip
-                break
-            if not path:
-                break
-
+@lru_cache(maxsize=1024)
+def _arguments(cls: type) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        return ()
