@@ -44,12 +44,19 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
             if call.get(key) is not None:
                 call[key] = call[key] + (real.sum(1, keepdim=True) if key == "position_ids" else n)
         return forward(**call)
-    call[site.argument] = torch.cat([x[:, :keep], vectors, x[:, keep:]], 1)
+    names = host.signature.parameters
+    ragged = not bool(real.all())
+    order = _order(real, keep, length) if ragged and keep else None
+
+    def arrange(t: Tensor) -> Tensor:
+        if order is None:
+            return t
+        return t.gather(1, order.reshape(*order.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
+
+    call[site.argument] = arrange(torch.cat([x[:, :keep], vectors, x[:, keep:]], 1))
     ids = next((k for k in ("input_ids",) if k in call), None)
     if ids is not None:
         call[ids] = None
-    names = host.signature.parameters
-    ragged = not bool(real.all())
     mask = call.get("attention_mask")
     if mask is None and ragged:
         if "attention_mask" not in names:
@@ -57,34 +64,59 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
         mask = torch.ones(batch, length, device=device, dtype=torch.long)
     if mask is not None:
         call["attention_mask"] = _insert(mask, real, keep, device)
+        if order is not None:
+            call["attention_mask"] = arrange(call["attention_mask"])
     positions = call.get("position_ids")
     count = real.sum(1, keepdim=True)
-    if positions is not None and positions.dim() == 2 or (ragged and "position_ids" in names):
+    if positions is not None and positions.dim() == 2 or (ragged and order is None and "position_ids" in names):
         own = positions if positions is not None else torch.arange(length, device=device)[None]
         own = own.expand(batch, -1)
         lead = own[:, :keep]
         virtual = (real.cumsum(1) - 1).clamp(min=0) + keep
         call["position_ids"] = torch.cat([lead, virtual.to(own.dtype), own[:, keep:] + count.to(own.dtype)], 1)
+        call["position_ids"] = arrange(call["position_ids"])
     if call.get("cache_position") is not None:
         call["cache_position"] = torch.arange(length + n, device=device)
     if call.get("token_type_ids") is not None:
         t = call["token_type_ids"]
         call["token_type_ids"] = torch.cat([t[:, :keep], t[:, :1].expand(-1, n), t[:, keep:]], 1)
+        call["token_type_ids"] = arrange(call["token_type_ids"])
     two = call.get("attention_mask")
     state.frame = replace(before, mask=two if isinstance(two, Tensor) and two.dim() == 2 else None)
     try:
         out = forward(**call)
     finally:
         state.frame = before
-    return out if r.embed[0].visible else strip(out, keep, n, length + n)
+    if r.embed[0].visible:
+        return out
+    back = None
+    if order is not None:  # where the user's tokens went
+        back = torch.arange(length, device=device)[None] + torch.where(torch.arange(length, device=device)[None] < keep, 0, count)
+    return strip(out, keep, n, length + n, back)
+
+
+def _order(real: Tensor, keep: int, length: int) -> Tensor:
+    """For each row: what is kept first, its real prompt, the sequence, and then the blank positions.
+
+    So the first token stays first, and distances between real tokens are as they are in a batch without other prompts.
+    """
+    batch, n = real.shape
+    at = torch.arange(keep + n + length - keep, device=real.device).expand(batch, -1)
+    blank = torch.zeros_like(at, dtype=torch.bool)
+    blank[:, keep : keep + n] = ~real
+    return torch.argsort(blank.to(torch.int8), dim=1, stable=True)
 
 
 def prompts(host: Host, parts: list[EmbedPart], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The prompts for x (B, T, d) as (B, n, d), and which of the n positions are real in each row (B, n)."""
+    """The prompts for x (B, T, d) as (B, n, d), and which of the n positions are real in each row (B, n).
+
+    Rows with shorter prompts have theirs at the end, next to the sequence, so that distances are as without the others.
+    """
     frame = host.state.frame
-    pieces, real = [], []
+    batch = x.shape[0]
+    pieces = []
     for part in parts:
-        p = part.prompt().to(x.dtype)[None].expand(x.shape[0], -1, -1)
+        p = part.prompt().to(x.dtype)[None].expand(batch, -1, -1)
         if part.gate is not None:
             from .host import gate_of
 
@@ -92,14 +124,21 @@ def prompts(host: Host, parts: list[EmbedPart], x: Tensor) -> tuple[Tensor, Tens
             if g.dim() == 2:
                 g = g[:, -1]
             p = p * (g if g.dim() == 0 else g[:, None, None])
-        here = torch.ones(p.shape[:2], dtype=torch.bool, device=x.device)
-        if frame.routing is not None:
-            rows = frame.routing.rows(part.adapter, x.shape[0], x.device)
-            if rows is not None:
-                here = torch.zeros_like(here).index_fill(0, rows, True)
         pieces.append(p)
-        real.append(here)
-    return torch.cat(pieces, 1), torch.cat(real, 1)
+    routing = frame.routing
+    if routing is None:
+        joined = torch.cat(pieces, 1)
+        return joined, torch.ones(joined.shape[:2], dtype=torch.bool, device=x.device)
+    each = batch // routing.size
+    if batch % routing.size:
+        routing.rows(parts[0].adapter, batch, x.device)  # says what is wrong
+    rows = []
+    for i in range(batch):
+        mine = [p[i] for part, p in zip(parts, pieces, strict=True) if part.adapter in routing.by_row[i // each]]
+        rows.append(torch.cat(mine) if mine else x.new_zeros(0, x.shape[2]))
+    n = max(r.shape[0] for r in rows)
+    real = torch.tensor([[j >= n - r.shape[0] for j in range(n)] for r in rows], device=x.device).reshape(batch, n)
+    return torch.stack([F.pad(r, (0, 0, n - r.shape[0], 0)) for r in rows]), real
 
 
 def _embedded(host: Host, site: Any, call: dict[str, Any]) -> Tensor | None:
@@ -165,29 +204,26 @@ def _widen_memory(host: Host, parts: list[EmbedPart], call: dict[str, Any]) -> N
     mask, memory = call.get("encoder_attention_mask"), call.get("encoder_hidden_states")
     if memory is None:
         return
-    n = sum(p.prompt().shape[0] for p in parts)
     keep = min(p.keep for p in parts)
-    routing = host.state.frame.routing
+    blank = memory.new_zeros(memory.shape[0], 1, parts[0].site.width)
+    with torch.no_grad():
+        real = prompts(host, parts, blank)[1]
+    n = real.shape[1]
     if mask is None:
-        if routing is None:
+        if bool(real.all()):
             return
         mask = torch.ones(memory.shape[0], memory.shape[1] - n, dtype=torch.long, device=memory.device)
     if mask.dim() == 2 and mask.shape[1] + n == memory.shape[1]:
-        real = []
-        for p in parts:
-            here = torch.ones(memory.shape[0], p.prompt().shape[0], dtype=torch.bool, device=memory.device)
-            rows = routing.rows(p.adapter, memory.shape[0], memory.device) if routing is not None else None
-            if rows is not None:
-                here = torch.zeros_like(here).index_fill(0, rows, True)
-            real.append(here)
-        call["encoder_attention_mask"] = _insert(mask, torch.cat(real, 1), keep, memory.device)
+        call["encoder_attention_mask"] = _insert(mask, real, keep, memory.device)
 
 
-def strip(out: Any, keep: int, n: int, total: int) -> Any:
-    """`out` without the virtual tokens: every (B, total, d) state of it."""
+def strip(out: Any, keep: int, n: int, total: int, back: Tensor | None = None) -> Any:
+    """`out` without the virtual tokens: every (B, total, d) state of it. `back` says where each row's tokens are."""
 
     def cut(t: Any) -> Any:
         if isinstance(t, Tensor) and t.dim() == 3 and t.shape[1] == total:
+            if back is not None:
+                return t.gather(1, back[..., None].expand(-1, -1, t.shape[2]))
             return torch.cat([t[:, :keep], t[:, keep + n :]], 1) if keep else t[:, n:]
         if isinstance(t, tuple):
             return tuple(cut(v) for v in t)
@@ -204,7 +240,8 @@ def strip(out: Any, keep: int, n: int, total: int) -> Any:
 
 
 def signature_of(module: Any) -> inspect.Signature:
-    """Of the class's forward, decorators removed and without self."""
-    forward = inspect.unwrap(type(module).forward)
+    """Of the forward of the module's own class, decorators removed and without self."""
+    host = module.__dict__.get("_veneer_host")
+    forward = inspect.unwrap((type(module) if host is None else host.original).forward)
     sig = inspect.signature(forward)
     return sig.replace(parameters=list(sig.parameters.values())[1:])

@@ -234,9 +234,9 @@ class Host:
         rows, mask = None, frame.mask
         if frame.routing is not None:
             n = total.shape[dim]
-            if n == 1 and frame.routing.size > 1:  # positions and the like, shared by all rows
-                total, x, y = (t.expand(*t.shape[:dim], frame.routing.size, *t.shape[dim + 1 :]) for t in (total, x, y))
-                n = frame.routing.size
+            n = frame.routing.size if n == 1 else n
+            # positions and the like come once for all rows
+            total, x, y = (t.expand(*t.shape[:dim], n, *t.shape[dim + 1 :]) if t.shape[dim] == 1 else t for t in (total, x, y))
             rows = frame.routing.rows(part.adapter, n, total.device)
             if rows is not None:
                 if rows.numel() == 0:
@@ -408,12 +408,16 @@ def _select(value: Any, n: int, dim: int, rows: Tensor) -> Any:
 class HostMixin:
     """A module whose call goes through its host."""
 
+    _veneer_generated = True
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_veneer_host"].run(super().forward, args, kwargs)  # type: ignore[misc]
 
 
 class FrameMixin:
     """A tower: notes its mask, batch size and cache before its layers run."""
+
+    _veneer_generated = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         host = self.__dict__["_veneer_host"]
@@ -469,6 +473,8 @@ def _keep_memo(out: Any, memo: dict[Any, Tensor]) -> None:
 class LayerMixin:
     """A layer that may be checkpointed: the frame travels with its arguments, so that the recomputation in the
     backward pass sees the same routing and mask as the forward pass did."""
+
+    _veneer_generated = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "gradient_checkpointing", False) and self.training:  # type: ignore[attr-defined]

@@ -44,10 +44,20 @@ class IA3(Method):
         self._pattern()
 
     def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
+        chosen = sites(self.at, "weight", self.default_at)
+        covered: dict[tuple[str, str], int] = {}
+        for site in chosen:
+            covered[site.path, site.tensor] = covered.get((site.path, site.tensor), 0) + site.out
         seen = set()  # slices of one map share its input
-        for site in sites(self.at, "weight", self.default_at):
+        for site in chosen:
             build.module = module_at(build.model, site.path)
             part = self.part(site, build)
+            whole = site.slice is None or covered[site.path, site.tensor] == site.slice.groups * site.slice.stride
+            if part.acts == "input" and not whole:
+                raise self._fail(
+                    f"the input of {site.path} is shared with other projections than {site.role}",
+                    "Choose all slices of the fused projection, or on='output'",
+                )
             key = (site.path, site.tensor, part.acts)
             if part.acts == "input" and key in seen:
                 continue
@@ -86,6 +96,7 @@ class IA3In(InputPart):
 
     def __init__(self, site: Site, build: Build) -> None:
         super().__init__(site, build)
+        self.map.slice = None  # the input is the whole map's
         lead = (site.experts,) if site.experts else ()
         self.channels = site.inp
         kernel = getattr(self.map, "kernel", ())
