@@ -194,6 +194,7 @@ class Resolved:
         for layer in self.layers:
             layer.number = counts.get(layer.tower, 0)
             counts[layer.tower] = layer.number + 1
+        self.causal_towers = {t: self._causal_near(*(la.root for la in self.layers if la.tower == t)) or self.model_type in F.CAUSAL for t in self.scopes}
 
     def tower_of(self, node: Node) -> str:
         layer = self.layer_of.get(node)
@@ -259,7 +260,15 @@ class Resolved:
         layer = self.layer_of.get(node)
         if layer is not None and node in self.head:
             layer = None
-        return {"layer": layer.number if layer else None, "tower": self.tower_of(node)}
+        tower = self.tower_of(node)
+        return {
+            "layer": layer.number if layer else None, "tower": tower, "causal": self.causal_towers.get(tower, False),
+            "batch_dim": self.batch_dim(node),
+        }  # fmt: skip
+
+    def _read_by(self, node: Node) -> str:
+        """The module that reads the parameters of `node` in its place: a MultiheadAttention, those of its out_proj."""
+        return node.parent.path if node.parent is not None and is_mha(node.parent) else ""
 
     def batch_dim(self, node: Node) -> int:
         """1 in torch's own transformer layers and attention where their batch comes second."""
@@ -278,8 +287,7 @@ class Resolved:
                 role = "head" if n in self.head else m.role
                 common = dict(
                     path=n.path, port="weight", kind=m.kind, tensor=m.tensor, inp=m.inp, experts=m.experts,
-                    transposed=m.transposed, batch_dim=self.batch_dim(n) if m.kind in ("linear", "tensor") else 0,
-                    **self._place(n),
+                    transposed=m.transposed, enter=self._read_by(n), **self._place(n),
                 )  # fmt: skip
                 if m.parts and n not in self.head:
                     found += [Site(role=r, out=s.size, slice=s, **common) for r, s in m.parts]
@@ -304,7 +312,7 @@ class Resolved:
                 # a tied tensor stands where maps use it; a second name for it that no map uses is left out
                 if len(several) > 1 and not n.maps and any(o.maps for o in several):
                     continue
-                found.append(Site(path=n.path, port="param", role=role, tensor=name, shape=tuple(p.shape), **self._place(n)))
+                found.append(Site(path=n.path, port="param", role=role, tensor=name, shape=tuple(p.shape), enter=self._read_by(n), **self._place(n)))
         return found
 
     def _param_role(self, n: Node, mixed: set[Node]) -> str:
@@ -325,34 +333,29 @@ class Resolved:
     def _hidden(self) -> list[Site]:
         found: list[tuple[int, Site]] = []
 
-        def add(role: str, enter: Node, path: Node, width: int, where: Node, causal: bool) -> None:
-            place = self._place(where)
-            site = Site(
-                path=path.path, port="hidden", role=role, enter=enter.path, width=width, causal=causal,
-                batch_dim=self.batch_dim(path), **place,
-            )  # fmt: skip
+        def add(role: str, enter: Node, path: Node, width: int, where: Node) -> None:
+            site = Site(path=path.path, port="hidden", role=role, enter=enter.path, width=width, **self._place(where))
             found.append((path.index, site))
 
         for a in self.attn:
             if is_mha(a.owner):
-                add("cross" if a.cross else "attn", a.owner, a.owner, a.owner.module.embed_dim, a.owner, self.causal(a))  # type: ignore[arg-type]
+                add("cross" if a.cross else "attn", a.owner, a.owner, a.owner.module.embed_dim, a.owner)  # type: ignore[arg-type]
             elif a.o is not None:
                 enter = a.q.node
                 if words(a.q.name) == "q_b":  # the block's input enters the low-rank map before it
                     enter = next((m.node for m in a.owner.own() if words(m.name) == "q_a"), enter)
-                add("cross" if a.cross else "attn", enter, a.o.node, a.o.out, a.owner, self.causal(a))
+                add("cross" if a.cross else "attn", enter, a.o.node, a.o.out, a.owner)
         for mixer in self.mixers:
-            add("mixer", mixer.enter.node, mixer.out.node, mixer.out.out, mixer.owner, True)
+            add("mixer", mixer.enter.node, mixer.out.node, mixer.out.out, mixer.owner)
         blocks: dict[Node, None] = {}
-        causal = {t: self._causal_near(*(la.root for la in self.layers if la.tower == t)) for t in {la.tower for la in self.layers}}
         for feed, layer in self.feeds:
             if feed.block is not None:
                 if feed.block is not layer.root and feed.block not in blocks:
                     blocks[feed.block] = None
-                    add("ffn", feed.block, feed.block, feed.down.out, feed.block, causal.get(layer.tower, False))
+                    add("ffn", feed.block, feed.block, feed.down.out, feed.block)
                 continue
             enter = feed.gate if feed.gate is not None else feed.up
-            add("ffn", enter.node, feed.down.node, feed.down.out, feed.down.node, causal.get(layer.tower, False))
+            add("ffn", enter.node, feed.down.node, feed.down.out, feed.down.node)
         return [s for _, s in sorted(found, key=lambda e: e[0])]
 
     def _kv(self) -> list[Site]:
@@ -369,7 +372,7 @@ class Resolved:
             found.append(
                 Site(
                     path=caller.path, port="kv", role="cross" if a.cross else "attn", enter=enter.path, heads=heads, head_dim=dim,
-                    via=via, causal=self.causal(a), batch_dim=self.batch_dim(caller), width=a.q.inp, **self._place(a.owner),
+                    via=via, width=a.q.inp, **{**self._place(a.owner), "causal": self.causal(a)},
                 )
             )  # fmt: skip
         return found
@@ -404,7 +407,7 @@ class Resolved:
                 continue
             tokens = self.tokens.get(name) or (self.shared if not self._modal(scope) else None)
             above = [n for n in layers[0].root.up() if n not in self.layer_of]
-            causal = self._causal_near(*(la.root for la in layers))
+            causal = self.causal_towers[name]
             keep = 0
             node = next((n for n in above if {"inputs_embeds", "input_ids"} <= set(_arguments(n.cls))), None)
             argument = "inputs_embeds"
