@@ -20,18 +20,18 @@ METHODS = {
     "bitfit": lambda: vn.BitFit(),
     "full-norm": lambda: vn.Full(at="norm"),
     "full-head": lambda: vn.Full(at="head"),
-    "bottleneck": lambda: vn.Bottleneck(4, at="all"),
-    "parallel": lambda: vn.Bottleneck(4, parallel=True, scale="learnt", norm=True, at="all"),
+    "bottleneck": lambda: vn.Bottleneck(4, activation="gelu", at="all"),
+    "parallel": lambda: vn.Bottleneck(4, parallel=True, activation="tanh", scale="learnt", norm=True, at="all"),
     "prefix": lambda: vn.Prefix(3, at="all"),
     "prefix-mlp": lambda: vn.Prefix(3, reparameterize=5),
     "prompt": lambda: vn.PromptTuning(3),
     "gated-lora": lambda: vn.gated(vn.LoRA(4, at="linear")),
     "gated-bitfit": lambda: vn.gated(vn.BitFit()),
-    "gated-token": lambda: vn.gated(vn.Bottleneck(4, at="all"), per="token"),
+    "gated-token": lambda: vn.gated(vn.Bottleneck(4, activation="swish", at="all"), per="token"),
     "gated-constant": lambda: vn.gated(vn.LoRA(4, at="linear"), per="constant"),
     "gated-prefix": lambda: vn.gated(vn.Prefix(3)),
     "gated-published": lambda: vn.gated(vn.Prefix(3), gate="published"),
-    "unipelt": lambda: vn.gated(vn.Bottleneck(4, at="all") + vn.Prefix(3, at="all") + vn.LoRA(4, at="linear")),
+    "unipelt": lambda: vn.gated(vn.Bottleneck(4, activation="gelu", at="all") + vn.Prefix(3, at="all") + vn.LoRA(4, at="linear")),
 }
 PORT = {"lora": "weight", "ia3": "weight", "bitfit": "param", "full": "param", "bottleneck": "hidden", "prefix": "kv", "prompt": "embed"}
 
@@ -127,7 +127,7 @@ def test_contract(kind: str, method: str, tmp_path) -> None:
     shake(adapter)
     with torch.no_grad():
         after = output(model, inputs)
-        assert (after - before).abs().max() > 1e-6
+        assert not torch.equal(after, before)
         with vn.disabled(model):
             assert torch.equal(output(model, inputs), before)
 
@@ -156,7 +156,8 @@ def test_contract(kind: str, method: str, tmp_path) -> None:
         assert torch.equal(output(model, inputs), before)
     assert type(model) is type(base)
     assert [n for n, _ in model.named_parameters()] == list(own)
-    assert all(torch.equal(p, own[n]) and p.requires_grad for n, p in model.named_parameters())
+    trainable = {n: p.requires_grad for n, p in base.named_parameters()}
+    assert all(torch.equal(p, own[n]) and p.requires_grad == trainable[n] for n, p in model.named_parameters())
     assert all(type(a) is type(b) for a, b in zip(model.modules(), base.modules(), strict=True))
 
 
@@ -183,10 +184,16 @@ def test_route(kind: str, method: str) -> None:
         for name in ("a", "b", None):
             vn.activate(model, name)
             alone[name] = output(model, inputs)
-        with vn.route(model, ["a", "b", None]):
-            mixed = output(model, inputs)
-        if mixed.shape[0] == 3:
-            for row, name in enumerate(("a", "b", None)):
+        try:
+            with vn.route(model, ["a", "b", None]):
+                mixed = output(model, inputs)
+        except vn.VeneerError as e:  # tables shared by all rows; towers without a mask
+            assert method in ("lora-all", "prompt"), e
+            return
+        for row, name in enumerate(("a", "b", None)):
+            if kind == "clip":  # images against texts: only the diagonal belongs to one row
+                close(mixed[row, row], alone[name][row, row], 2e-5)
+            else:
                 close(mixed[row], alone[name][row], 2e-5)
         vn.activate(model, ["a", "b"])
         both = output(model, inputs)

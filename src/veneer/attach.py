@@ -132,6 +132,8 @@ def _gate(term: Term, site: Site, part: Part, build: Build) -> Gate:
     if site.port in ("weight", "param") and site.kind != "embedding":
         module = module_at(build.model, site.enter or site.path)
         width = site.inp if site.kind in ("linear", "transposed") else _width(module, site)
+        if site.kind == "experts":
+            width = site.out if site.role == "ffn.down" else site.inp
         if site.port == "weight" and site.kind == "conv":
             width = getattr(module, "in_channels", width)
     elif site.kind == "embedding":
@@ -195,6 +197,13 @@ def install(model: nn.Module, state: State, record: Any) -> None:
             part.owner = owner
         reader.parts.append(part)
         reader.batch_dim = site.batch_dim
+        part.aliases = _aliases(model, site) if site.kind == "embedding" else []
+        for alias in part.aliases:
+            other = host_of(model, state, alias)
+            if part.acts == "tensor":
+                other.owned.setdefault(site.tensor, []).append(part)
+            other.parts.append(part)
+            touched.setdefault(alias, set()).add(HostMixin)
         touched.setdefault(owner.path, set()).add(HostMixin)
         touched.setdefault(reader.path, set()).add(HostMixin)
         if site.port in ("hidden", "kv"):
@@ -223,6 +232,16 @@ def install(model: nn.Module, state: State, record: Any) -> None:
         frame_hosts(model, state, touched, layers)
     for path, kinds in touched.items():
         exchange(model, state, path, kinds)
+
+
+def _aliases(model: nn.Module, site: Site) -> list[str]:
+    """Other modules of the same class that hold the very same table, as an encoder's and a decoder's embedding do."""
+    module = module_at(model, site.path)
+    table, cls = module._parameters.get(site.tensor or "weight"), getattr(module, "num_embeddings", None)
+    return [
+        p for p, m in model.named_modules()
+        if m is not module and getattr(m, "num_embeddings", None) == cls and m._parameters.get(site.tensor or "weight") is table
+    ]  # fmt: skip
 
 
 def frame_hosts(model: nn.Module, state: State, touched: dict[str, set[type]], layers: set[str]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import CapabilityError
-from .host import Host, gate_of
+from .host import Host, folds, gate_of
 
 if TYPE_CHECKING:
     from .methods.parts import KVPart
@@ -37,7 +37,7 @@ def blend(host: Host, parts: list[KVPart], q: Tensor, k: Tensor, v: Tensor, mask
         xs = [x if x is None else x.transpose(0, 1) for x in xs]
     simple = len(parts) == 1 and routing is None and (parts[0].gate is None or parts[0].published)
     if simple:
-        pk, pv = _pair(parts[0], k, None if parts[0].gate is None else gate_of(parts[0], xs[0], frame, frame.mask))
+        pk, pv = _pair(parts[0], k, None if parts[0].gate is None else gate_of(parts[0], xs[0], frame, frame.mask, 0, folds(q.shape[0], frame)))
         return _with_prefix(q, k, v, mask, bias, pk, pv, attend, time)
     base = attend(q, k, v, mask, bias)
     out, rest = base if isinstance(base, tuple) else (base, None)
@@ -50,7 +50,7 @@ def blend(host: Host, parts: list[KVPart], q: Tensor, k: Tensor, v: Tensor, mask
                 continue
             args = tuple(_rows(t, q.shape[0], rows) for t in args)
             m, base_out, pad = (_rows(t, q.shape[0], rows) for t in (x, out, pad))
-        g = None if part.gate is None else gate_of(part, m, frame, pad)
+        g = None if part.gate is None else gate_of(part, m, frame, pad, 0, folds(q.shape[0], frame))
         pk, pv = _pair(part, args[1], g if part.published else None)
         with_prefix = _with_prefix(*args, pk, pv, attend, time)
         d = (with_prefix[0] if isinstance(with_prefix, tuple) else with_prefix) - base_out
@@ -217,6 +217,13 @@ class Direct:
             return forward(*args, **kwargs)
 
 
+class _SlowPath(TorchFunctionMode):
+    """While any mode is on, nn.MultiheadAttention leaves its fused inference path, which calls no function of ours."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 class MHA:
     """nn.MultiheadAttention: its function looks scaled_dot_product_attention up in torch.nn.functional."""
 
@@ -231,7 +238,8 @@ class MHA:
 
         F.scaled_dot_product_attention = patched
         try:
-            return forward(*args, **kwargs)
+            with _SlowPath():
+                return forward(*args, **kwargs)
         finally:
             F.scaled_dot_product_attention = own
 

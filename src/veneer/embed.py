@@ -46,7 +46,7 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
         return forward(**call)
     names = host.signature.parameters
     ragged = not bool(real.all())
-    order = _order(real, keep, length) if ragged and keep else None
+    order = _order(real, keep, length) if ragged and not site.causal else None
 
     def arrange(t: Tensor) -> Tensor:
         if order is None:
@@ -58,10 +58,11 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
     if ids is not None:
         call[ids] = None
     mask = call.get("attention_mask")
-    if mask is None and ragged:
+    if ragged:
         if "attention_mask" not in names:
             raise CapabilityError("prompts of different lengths in one batch need an attention mask", fix="Route rows with one prompt")
-        mask = torch.ones(batch, length, device=device, dtype=torch.long)
+        if mask is None:
+            mask = torch.ones(batch, length, device=device, dtype=torch.long)
     if mask is not None:
         call["attention_mask"] = _insert(mask, real, keep, device)
         if order is not None:
@@ -214,7 +215,10 @@ def _widen_memory(host: Host, parts: list[EmbedPart], call: dict[str, Any]) -> N
             return
         mask = torch.ones(memory.shape[0], memory.shape[1] - n, dtype=torch.long, device=memory.device)
     if mask.dim() == 2 and mask.shape[1] + n == memory.shape[1]:
-        call["encoder_attention_mask"] = _insert(mask, real, keep, memory.device)
+        wide = _insert(mask, real, keep, memory.device)
+        if not bool(real.all()):
+            wide = wide.gather(1, _order(real, keep, mask.shape[1]))
+        call["encoder_attention_mask"] = wide
 
 
 def strip(out: Any, keep: int, n: int, total: int, back: Tensor | None = None) -> Any:

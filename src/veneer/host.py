@@ -243,18 +243,19 @@ class Host:
                     return total
                 x = x.index_select(dim, rows) if x.shape[dim] == n else x
                 y = y.index_select(dim, rows)
-                if mask is not None and mask.shape[0] == n:
-                    mask = mask.index_select(0, rows)
+                if mask is not None:
+                    own = frame.routing.rows(part.adapter, mask.shape[0], mask.device)
+                    mask = mask if own is None else mask.index_select(0, own)
         out_dim = part.map.out_dim if part.site.port == "weight" else -1
         d = rule(x, take(y, s, out_dim))
         if part.gate is not None:
-            d = d * self._gate(part, x, d, frame, mask)
+            d = d * self._gate(part, x, d, frame, mask, folds(total.shape[dim], frame))
         d = place(d, s, out_dim).to(total.dtype)
         return total + d if rows is None else total.index_add(dim, rows, d)
 
-    def _gate(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None) -> Tensor:
+    def _gate(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None, fold: int) -> Tensor:
         """The gate of `part` for input x, shaped to multiply d."""
-        g = gate_of(part, x if x.is_floating_point() else d, frame, mask, self.batch_dim)
+        g = gate_of(part, x if x.is_floating_point() else d, frame, mask, self.batch_dim, fold)
         if self.batch_dim == 1:
             g = shape_like(g, d.transpose(0, 1))
             return g.transpose(0, 1) if g.dim() > 1 else g
@@ -310,7 +311,9 @@ class Host:
             if rows is not None:
                 a, k = _select((args, kwargs), n, dim, rows)
                 base = first.index_select(dim, rows)
-                mask = mask.index_select(0, rows) if mask is not None and mask.shape[0] == n else mask
+                if mask is not None and frame.routing is not None:
+                    own = frame.routing.rows(adapter, mask.shape[0], mask.device)
+                    mask = mask if own is None else mask.index_select(0, own)
             now = {t: list(ps) for t, ps in plain.items()}
             gate = members[0].gate
             for p in members:
@@ -324,12 +327,12 @@ class Host:
             d = (out if isinstance(out, Tensor) else out[0]) - base
             if gate is not None:
                 xs = x.index_select(dim, rows) if rows is not None and x.shape[dim] == n else x
-                d = d * self._gate_plain(members[0], xs, d, frame, mask)
+                d = d * self._gate_plain(members[0], xs, d, frame, mask, folds(n, frame))
             total = total + d if rows is None else total.index_add(dim, rows, d.to(total.dtype))
         return total if isinstance(y, Tensor) else type(y)((total, *y[1:]))
 
-    def _gate_plain(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None) -> Tensor:
-        g = gate_of(part, x if x.is_floating_point() else d, frame, mask, self.batch_dim)
+    def _gate_plain(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None, fold: int) -> Tensor:
+        g = gate_of(part, x if x.is_floating_point() else d, frame, mask, self.batch_dim, fold)
         if self.batch_dim == 1:
             g = shape_like(g, d.transpose(0, 1))
             return g.transpose(0, 1) if g.dim() > 1 else g
@@ -342,10 +345,16 @@ def _needs_call(part: Part) -> bool:
     return part.gate is not None and part.gate.per in ("example", "token")
 
 
-def gate_of(part: Part, x: Tensor, frame: Frame, mask: Tensor | None, batch_dim: int = 0) -> Tensor:
+def folds(n: int, frame: Frame) -> int:
+    """How many entries of a batch dimension of size n belong to each example: tokens or windows that were folded in."""
+    return n // frame.batch if frame.batch and n % frame.batch == 0 else 1
+
+
+def gate_of(part: Part, x: Tensor, frame: Frame, mask: Tensor | None, batch_dim: int = 0, fold: int = 1) -> Tensor:
     """g of `part` for x: (), (n,) or (n, T), for the n entries of x's batch dimension.
 
-    Where a model folds tokens or windows into the batch, the mean still runs over an example's own tokens.
+    Where a model folds tokens or windows into the batch (`fold` of them for each example), the mean still runs over an
+    example's own tokens.
     """
     gate = part.gate
     assert gate is not None
@@ -353,16 +362,17 @@ def gate_of(part: Part, x: Tensor, frame: Frame, mask: Tensor | None, batch_dim:
         return gate(None, frame)
     if batch_dim == 1:
         x = x.transpose(0, 1)
-    n, b = x.shape[0], frame.batch
-    folded = b and n != b and n % b == 0 and frame.routing is None
-    if folded:
+    n = x.shape[0]
+    if fold > 1 and n % fold == 0:
         tail = 1
         for s in x.shape[1:-1]:
             tail *= s
-        g = gate(x.reshape(b, (n // b) * tail, x.shape[-1]), frame, mask)
+        if mask is not None and mask.shape[0] != n // fold:
+            mask = None
+        g = gate(x.reshape(n // fold, fold * tail, x.shape[-1]), frame, mask)
         if g.dim() == 2:
             return g.reshape(n, tail)
-        return g.repeat_interleave(n // b, 0)
+        return g.repeat_interleave(fold, 0)
     if mask is not None and frame.cached and x.dim() == 3 and mask.shape[1] > x.shape[1]:
         mask = mask[:, -x.shape[1] :]
     return gate(x, frame, mask)

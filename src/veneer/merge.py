@@ -114,7 +114,7 @@ def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Par
         where = f"{p.site.path}.{name}"
         if param is None or not param.is_floating_point() or (p.acts != "tensor" and not _plain(module, p)):
             raise MergeError("the base's weight cannot be had here, as in a quantised module", where=where, fix="Keep the adapter attached, or load the base unquantised to merge")
-        others = [o for o in tied[id(param)] if o != where]
+        others = [o for o in tied[id(param)] if o != where and o.rpartition(".")[0] not in p.aliases]
         if others:
             raise MergeError(
                 f"this weight is tied to {others[0]}, which the adapter does not change", where=where,
@@ -165,9 +165,7 @@ def _fold(model: nn.Module, p: Part, group: list[Part], new: dict[int, tuple[nn.
     name = p.site.tensor or "weight"
     param, w = current(name)
     assert param is not None and w is not None
-    bias, b = current("bias") if name == "weight" else (None, None)
-    if name != "weight" and p.site.kind == "tensor":
-        bias, b = current(name.replace("weight", "bias"))
+    bias, b = current("bias")
     # every part of a group sees the weights from before the group
     seen = p.before = next((q.before for q in group if getattr(q, "before", None) is not None), (w, b))
     try:

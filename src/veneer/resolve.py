@@ -11,7 +11,7 @@ from torch import nn
 from . import families as F
 from .roles import Attention, Feed, Mixer, attentions, code_names, expert_block, feeds, head_sizes, mixer_of
 from .sites import PORTS, Site
-from .structure import HIDDEN, Layer, Map, Node, is_mha, layer_roots, subtree, tree, words
+from .structure import HIDDEN, Layer, Map, Node, beside, is_mha, layer_roots, subtree, tree, words
 
 
 def sites(model: nn.Module) -> list[Site]:
@@ -36,6 +36,8 @@ def why_not(model: nn.Module, port: str) -> str:
             kind = "state-space mixers in place of attention" if r.mixers else "no attention"
             return f"{name} has {kind}, so there are no keys and values to put a prefix before"
         kind = r.attn[0].owner.cls.__name__
+        if r._via(r.attn[0])[0] is not None:
+            return f"{kind} in {name} does not say its number of heads, or its keys and values differ in width"
         return (
             f"{kind} in {name} computes attention in its own code, and calls neither transformers' AttentionInterface nor"
             " F.scaled_dot_product_attention, so keys and values cannot be added there"
@@ -87,10 +89,12 @@ class Resolved:
             cores = [n for n in cores if any(p.parent is not None and isinstance(p.parent.module, (nn.ModuleList, nn.Sequential)) for p in n.up())]
         roots = layer_roots(self.nodes, sorted(cores, key=lambda n: n.index))
         self.layers = [Layer(root, nested) for root, nested in roots.items()]
+        beside(self.layers)
         self.layer_of: dict[Node, Layer] = {}
         for layer in self.layers:
-            for n in self.nodes[layer.root.index : layer.root.end]:
-                self.layer_of[n] = layer
+            for top in (*layer.also, layer.root):
+                for n in self.nodes[top.index : top.end]:
+                    self.layer_of[n] = layer
 
     def _feeds(self) -> None:
         widths: dict[Layer, int] = {}
@@ -101,7 +105,11 @@ class Resolved:
             if (layer := self.layer_of.get(m.owner)) is not None:
                 widths.setdefault(layer, m.out.out)
         for layer in self.layers:
-            maps = [m for n in self.nodes[layer.root.index : layer.root.end] for m in n.maps]
+            tops = sorted((layer.root, *layer.also), key=lambda n: n.index)
+            maps = [m for top in tops for n in self.nodes[top.index : top.end] for m in n.maps]
+            outside = [m for m in maps if not any(a.owner.holds(m.node) for a in self.attn) and m.kind in ("linear", "transposed", "experts")]
+            if len(outside) > 1:  # else the block is written flat, and its attention's module holds it all
+                maps = [m for m in maps if m in outside or m.kind == "conv"]
             layer.width = widths.get(layer, 0)
             for feed in feeds(maps, layer.width, self.model_type):
                 block = expert_block(feed.down.node, layer.root)
@@ -117,10 +125,8 @@ class Resolved:
                 f.block = next((n for n in f.down.node.up() if n in sparse), None)
         for n in self.nodes:
             for m in n.maps:
-                if not m.role and n in self.layer_of and m.kind == "linear" and n.parent is not None:
-                    beside = any("expert" in c.name.lower() and c is not n for c in n.parent.children)
-                    if beside and (words(m.name) in F.ROUTER or m.name.lower() in F.ROUTER):
-                        m.role = "router"
+                if not m.role and m.kind == "linear" and n in self.layer_of and _in_router(n):
+                    m.role = "router"
 
     def _head(self) -> set[Node]:
         """Nodes of what stands outside the base model."""
@@ -222,7 +228,7 @@ class Resolved:
         if is_mha(a.owner):  # the caller decides; a layer that attends to a memory too is a decoder's
             return any(c.cross and c.owner.parent is a.owner.parent for c in self.attn)
         flag = a.owner.module.__dict__.get("is_causal")
-        if flag is True or self.model_type in F.CAUSAL or "is_causal=True" in code_names(a.owner.cls):
+        if flag is True or a.owner.get("is_decoder") is True or self.model_type in F.CAUSAL or "is_causal=True" in code_names(a.owner.cls):
             return True
         if flag is None and getattr(self.config_of(a.owner), "is_decoder", None) is True:
             return True
@@ -326,7 +332,7 @@ class Resolved:
             return "norm"
         if n in mixed:
             return "mixer"
-        if n.name.lower() in F.ROUTER and n.parent is not None and any("expert" in c.name.lower() for c in n.parent.children):
+        if n in self.layer_of and _in_router(n):
             return "router"
         return ""
 
@@ -400,11 +406,7 @@ class Resolved:
         found = []
         for name, scope in self.scopes.items():
             layers = [la for la in self.layers if la.tower == name]
-            has = [a for a in self.attn if any(la.root.holds(a.owner) for la in layers)] or [
-                m for m in self.mixers if any(la.root.holds(m.owner) for la in layers)
-            ]
-            if not has:
-                continue
+            cores = any(la.root.holds(c.owner) for c in (*self.attn, *self.mixers) for la in layers)
             tokens = self.tokens.get(name) or (self.shared if not self._modal(scope) else None)
             above = [n for n in layers[0].root.up() if n not in self.layer_of]
             causal = self.causal_towers[name]
@@ -416,7 +418,7 @@ class Resolved:
                 keep = 1 if cls_first else 0
                 width = tokens.maps[0].out
             else:
-                node, argument = self._embedded_first(above, layers)
+                node, argument = self._embedded_first(above, layers) if cores else (None, "")
                 if node is None:
                     continue
                 owners = [n for n in self.nodes if self.tower_of(n) == name]
@@ -446,6 +448,16 @@ class Resolved:
                 return n, first
             return None, ""
         return None, ""
+
+
+def _in_router(n: Node) -> bool:
+    """Whether `n` is, or is in, what chooses among experts: it is called so, and stands beside them."""
+    for node in (n, n.parent):
+        if node is None or node.parent is None or node.name.lower() not in F.ROUTER:
+            continue
+        if any("expert" in c.name.lower() and c is not node for c in node.parent.children):
+            return True
+    return False
 
 
 def _label(component: str) -> str:

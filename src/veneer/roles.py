@@ -101,13 +101,15 @@ def _by_name(n: Node) -> Attention | None:
     if not {"q", "k", "v"} <= set(by):
         return None
     q, k, v = by["q"], by["k"], by["v"]
-    return Attention(n, q, k, v, None) if k.inp == v.inp else None
+    # RWKV's channel mixing has a key, a receptance and a value too, but its value takes what its key gives
+    return Attention(n, q, k, v, None) if k.inp == v.inp or q.out == k.out == v.out else None
 
 
 def _output(a: Attention, used: set[Map]) -> Map | None:
     """The map that follows v: in the module itself, else in what stands beside it (BERT's attention.output.dense)."""
     taken = {a.q, a.k, a.v}
     here = [m for n in subtree(a.owner) for m in n.maps if m not in taken and m not in used and m.kind in _LINEAR]
+    here = [m for m in here if not _SIDE.intersection(re.split(r"[_.]", m.name.lower()))]
     named = [m for m in here if words(m.name) in F.O or m.name.lower() in F.O or words(m.name) == ""]
     wide = a.v.out if a.v is not a.q and a.v is not a.k else None
     for options in (named, here):
@@ -127,6 +129,7 @@ def _output(a: Attention, used: set[Map]) -> Map | None:
 
 
 _LINEAR = ("linear", "transposed", "tensor", "conv")
+_SIDE = F.Q | F.K | F.V  # Longformer's query_global and LUKE's w2e_query are no output projections
 
 
 def _fits(m: Map, a: Attention, wide: int | None) -> bool:
@@ -307,7 +310,11 @@ def feeds(maps: list[Map], width: int, model_type: str) -> list[Feed]:
         owners.setdefault(m.node if m.kind == "experts" else m.node.parent or m.node, []).append(m)
     for owner, group in owners.items():
         group = [m for m in group if not _routes(m, owner)]
-        if 2 <= len(group) <= 3 and (feed := _fit(group, 0 if group[0].kind == "experts" else width)) is not None:
+        if not 2 <= len(group) <= 4:
+            continue
+        inner = 0 if group[0].kind == "experts" else width
+        tries = [group, *([a, b] for i, a in enumerate(group) for b in group[i + 1 :] if len(group) > 2)]
+        if (feed := next((f for g in tries if len(g) < 4 and (f := _fit(g, inner)) is not None), None)) is not None:
             found.append(feed)
             _name(feed, model_type)
     # E parallel matrices in modules of their own (Granite's input_linear and output_linear), and layers whose maps

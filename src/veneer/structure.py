@@ -185,6 +185,7 @@ def experts_of(node: Node, found: list[tuple[str, Tensor]]) -> list[Map]:
 class Layer:
     root: Node
     nested: bool  # stacks in stacks, as in Swin
+    also: list[Node] = field(default_factory=list)  # modules of the same layer in lists beside its stack, as XLM's ffns
     tower: str = ""
     number: int = 0
     width: int = 0
@@ -216,6 +217,21 @@ def layer_roots(nodes: list[Node], cores: list[Node]) -> dict[Node, bool]:
             continue
         roots[block_of(core, cores)] = False
     return dict(sorted(roots.items(), key=lambda kv: kv[0].index))
+
+
+def beside(layers: list[Layer]) -> None:
+    """Find what belongs to each layer in lists that run parallel to its stack (XLM: attentions, layer_norm1, ffns)."""
+    stacks: dict[Node, list[Layer]] = {}
+    for layer in layers:
+        if layer.root.parent is not None and isinstance(layer.root.parent.module, LISTS):
+            stacks.setdefault(layer.root.parent, []).append(layer)
+    for stack, members in stacks.items():
+        for other in stack.parent.children if stack.parent is not None else []:
+            if other in stacks or not isinstance(other.module, nn.ModuleList) or len(other.children) != len(members):
+                continue
+            if len(members) > 1 and len(stack.children) == len(members):
+                for layer, child in zip(members, other.children, strict=True):
+                    layer.also.append(child)
 
 
 def repeats(stack: Node) -> bool:

@@ -56,6 +56,7 @@ class Part(nn.Module):
         self.term = 0  # which of the plan's methods
         self.adapter = ""
         self.published = False
+        self.aliases: list[str] = []  # other modules of the same tied table, where it acts too
         self.visible = False  # a prompt that its tower's output keeps
         # plain references, not submodules: the cell that brings the block's input, and the host that owns the tensor
         self.__dict__["cell"] = None
@@ -85,10 +86,16 @@ class MapPart(OutputPart):
     def __init__(self, site: Site, build: Build) -> None:
         super().__init__(site)
         self.map: Map = map_of(site, build.module)
+        if self.map.read_by_others:
+            self.acts = "tensor"  # type: ignore[misc]
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(dW, db) for the map's matrix w, out x in (experts: E x out x in), and bias b, in their own dtype."""
         raise NotImplementedError
+
+    def value(self, p: Tensor) -> Tensor:
+        """p + dW, where the model reads the weight itself and no call of the map can be met; its bias stays."""
+        return p + self.map.stored(self.fold(self.map.canonical(p), None)[0].to(p.dtype), p)
 
 
 class InputPart(MapPart):
