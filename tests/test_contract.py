@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from zoo import ZOO, loss, output
 
 import veneer as vn
+from zoo import ZOO, loss, output
 
 ATOL = 1e-5
 

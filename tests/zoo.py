@@ -175,13 +175,41 @@ _BERT = dict(
 _ROBERTA = {**_BERT, "pad_token_id": 1}
 _hf("bert", "BertConfig", "BertForSequenceClassification", text, "encoder", **_BERT)
 _hf("roberta", "RobertaConfig", "RobertaForTokenClassification", text, "encoder", **_ROBERTA)
-_hf("distilbert", "DistilBertConfig", "DistilBertForSequenceClassification", text, "encoder", vocab_size=VOCAB, dim=WIDTH, n_layers=2,
-    n_heads=4, hidden_dim=48, num_labels=LABELS, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0)
+_hf(
+    "distilbert",
+    "DistilBertConfig",
+    "DistilBertForSequenceClassification",
+    text,
+    "encoder",
+    vocab_size=VOCAB,
+    dim=WIDTH,
+    n_layers=2,
+    n_heads=4,
+    hidden_dim=48,
+    num_labels=LABELS,
+    max_position_embeddings=64,
+    dropout=0.0,
+    attention_dropout=0.0,
+    seq_classif_dropout=0.0,
+)
 _hf("electra", "ElectraConfig", "ElectraForSequenceClassification", text, "encoder", embedding_size=16, **_BERT)
 _hf("mpnet", "MPNetConfig", "MPNetForSequenceClassification", text, "encoder", less="kv", **_ROBERTA)
 _hf("albert", "AlbertConfig", "AlbertForSequenceClassification", text, "encoder", embedding_size=16, classifier_dropout_prob=0.0, **_BERT)
-_hf("deberta_v2", "DebertaV2Config", "DebertaV2ForSequenceClassification", text, "encoder", less="kv", relative_attention=True,
-    pos_att_type=["p2c", "c2p"], position_biased_input=False, norm_rel_ebd="layer_norm", share_att_key=True, position_buckets=8, **_BERT)
+_hf(
+    "deberta_v2",
+    "DebertaV2Config",
+    "DebertaV2ForSequenceClassification",
+    text,
+    "encoder",
+    less="kv",
+    relative_attention=True,
+    pos_att_type=["p2c", "c2p"],
+    position_biased_input=False,
+    norm_rel_ebd="layer_norm",
+    share_att_key=True,
+    position_buckets=8,
+    **_BERT,
+)
 
 _LLAMA = dict(
     vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
@@ -189,16 +217,69 @@ _LLAMA = dict(
 )  # fmt: skip
 _hf("llama", "LlamaConfig", "LlamaForCausalLM", text, "decoder", **_LLAMA)
 _hf("qwen3", "Qwen3Config", "Qwen3ForCausalLM", text, "decoder", head_dim=16, **_LLAMA)
-_hf("gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", text, "decoder", head_dim=16, sliding_window=4,
-    layer_types=["sliding_attention", "full_attention"], **_LLAMA)
+_hf(
+    "gemma3",
+    "Gemma3TextConfig",
+    "Gemma3ForCausalLM",
+    text,
+    "decoder",
+    head_dim=16,
+    sliding_window=4,
+    layer_types=["sliding_attention", "full_attention"],
+    **_LLAMA,
+)
 _hf("mistral", "MistralConfig", "MistralForCausalLM", text, "decoder", sliding_window=None, **_LLAMA)
-_hf("gpt2", "GPT2Config", "GPT2LMHeadModel", text, "decoder", vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64,
-    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2)
-_hf("gpt_neox", "GPTNeoXConfig", "GPTNeoXForCausalLM", text, "decoder", vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2,
-    num_attention_heads=4, intermediate_size=48, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+_hf(
+    "gpt2",
+    "GPT2Config",
+    "GPT2LMHeadModel",
+    text,
+    "decoder",
+    vocab_size=VOCAB,
+    n_embd=WIDTH,
+    n_layer=2,
+    n_head=4,
+    n_positions=64,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_hf(
+    "gpt_neox",
+    "GPTNeoXConfig",
+    "GPTNeoXForCausalLM",
+    text,
+    "decoder",
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _hf("phi3", "Phi3Config", "Phi3ForCausalLM", text, "decoder", **_LLAMA)
-_hf("opt", "OPTConfig", "OPTForCausalLM", text, "decoder", vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
-    ffn_dim=48, max_position_embeddings=64, dropout=0.0, word_embed_proj_dim=WIDTH, pad_token_id=1, bos_token_id=2, eos_token_id=2)
+_hf(
+    "opt",
+    "OPTConfig",
+    "OPTForCausalLM",
+    text,
+    "decoder",
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    ffn_dim=48,
+    max_position_embeddings=64,
+    dropout=0.0,
+    word_embed_proj_dim=WIDTH,
+    pad_token_id=1,
+    bos_token_id=2,
+    eos_token_id=2,
+)
 _FALCON = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
                bos_token_id=1, eos_token_id=2, hidden_dropout=0.0, attention_dropout=0.0, alibi=False)  # fmt: skip
 _hf("falcon", "FalconConfig", "FalconForCausalLM", text, "decoder", new_decoder_architecture=True, num_kv_heads=2, **_FALCON)
@@ -227,55 +308,242 @@ def _clip() -> nn.Module:
 
 
 _add("clip", _clip, clip, "vision text")
-_hf("swin", "SwinConfig", "SwinForImageClassification", lambda b=2, n=7: image(b, n, 32), "vision", less="embed", image_size=32, patch_size=2,
-    embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=LABELS, hidden_dropout_prob=0.0, drop_path_rate=0.0)
-_hf("convnext", "ConvNextConfig", "ConvNextForImageClassification", lambda b=2, n=7: image(b, n, 32), "vision conv", less="embed kv",
-    num_stages=2, hidden_sizes=[16, WIDTH], depths=[2, 2], num_labels=LABELS, drop_path_rate=0.0)
-_hf("whisper", "WhisperConfig", "WhisperForConditionalGeneration", mel, "audio encdec", vocab_size=VOCAB, d_model=WIDTH, encoder_layers=2,
-    decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8,
-    max_source_positions=10, max_target_positions=64, dropout=0.0, pad_token_id=1, bos_token_id=1, eos_token_id=2,
-    decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None)
+_hf(
+    "swin",
+    "SwinConfig",
+    "SwinForImageClassification",
+    lambda b=2, n=7: image(b, n, 32),
+    "vision",
+    less="embed",
+    image_size=32,
+    patch_size=2,
+    embed_dim=16,
+    depths=[2, 2],
+    num_heads=[2, 4],
+    window_size=4,
+    num_labels=LABELS,
+    hidden_dropout_prob=0.0,
+    drop_path_rate=0.0,
+)
+_hf(
+    "convnext",
+    "ConvNextConfig",
+    "ConvNextForImageClassification",
+    lambda b=2, n=7: image(b, n, 32),
+    "vision conv",
+    less="embed kv",
+    num_stages=2,
+    hidden_sizes=[16, WIDTH],
+    depths=[2, 2],
+    num_labels=LABELS,
+    drop_path_rate=0.0,
+)
+_hf(
+    "whisper",
+    "WhisperConfig",
+    "WhisperForConditionalGeneration",
+    mel,
+    "audio encdec",
+    vocab_size=VOCAB,
+    d_model=WIDTH,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    num_mel_bins=8,
+    max_source_positions=10,
+    max_target_positions=64,
+    dropout=0.0,
+    pad_token_id=1,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=1,
+    suppress_tokens=None,
+    begin_suppress_tokens=None,
+)
 _WAVE = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, conv_dim=[16, 16], conv_kernel=[10, 4],
              conv_stride=[10, 4], num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, vocab_size=VOCAB,
              num_labels=LABELS, classifier_proj_size=16, hidden_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0,
              activation_dropout=0.0, layerdrop=0.0, final_dropout=0.0, apply_spec_augment=False, feat_extract_norm="layer")  # fmt: skip
 _hf("wav2vec2", "Wav2Vec2Config", "Wav2Vec2ForSequenceClassification", wave, "audio", **_WAVE)
-_hf("mamba", "MambaConfig", "MambaForCausalLM", text, "decoder ssm", less="kv", vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2,
-    state_size=4, time_step_rank=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_hf(
+    "mamba",
+    "MambaConfig",
+    "MambaForCausalLM",
+    text,
+    "decoder ssm",
+    less="kv",
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    num_hidden_layers=2,
+    state_size=4,
+    time_step_rank=4,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _add("torch_encoder", TorchEncoder, unmasked, "encoder plain")
 _add("hand_written", HandWritten, unmasked, "decoder plain", less="embed")
 
 # -- kinds that nothing was written for -------------------------------------------------------------------------------
 _add("torch_encoder_second", lambda: TorchEncoder(batch_first=False), unmasked, "encoder plain", extra=True)
-_hf("modernbert", "ModernBertConfig", "ModernBertForSequenceClassification", text, "encoder", extra=True, vocab_size=VOCAB, hidden_size=WIDTH,
-    num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, num_labels=LABELS, pad_token_id=1, bos_token_id=2, eos_token_id=3,
-    cls_token_id=2, sep_token_id=3, global_attn_every_n_layers=2, local_attention=8)
-_hf("bloom", "BloomConfig", "BloomForCausalLM", text, "decoder", less="kv", extra=True, vocab_size=VOCAB, hidden_size=WIDTH, n_layer=2, n_head=4,
-    hidden_dropout=0.0, attention_dropout=0.0)
-_hf("gptj", "GPTJConfig", "GPTJForCausalLM", text, "decoder", extra=True, vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=4, rotary_dim=4,
-    n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2)
-_hf("codegen", "CodeGenConfig", "CodeGenForCausalLM", text, "decoder", extra=True, vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=4,
-    rotary_dim=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2)
-_hf("mpt", "MptConfig", "MptForCausalLM", text, "decoder", less="kv", extra=True, vocab_size=VOCAB, d_model=WIDTH, n_layers=2, n_heads=4,
-    max_seq_len=64)
+_hf(
+    "modernbert",
+    "ModernBertConfig",
+    "ModernBertForSequenceClassification",
+    text,
+    "encoder",
+    extra=True,
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=48,
+    num_labels=LABELS,
+    pad_token_id=1,
+    bos_token_id=2,
+    eos_token_id=3,
+    cls_token_id=2,
+    sep_token_id=3,
+    global_attn_every_n_layers=2,
+    local_attention=8,
+)
+_hf(
+    "bloom",
+    "BloomConfig",
+    "BloomForCausalLM",
+    text,
+    "decoder",
+    less="kv",
+    extra=True,
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    n_layer=2,
+    n_head=4,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
+_hf(
+    "gptj",
+    "GPTJConfig",
+    "GPTJForCausalLM",
+    text,
+    "decoder",
+    extra=True,
+    vocab_size=VOCAB,
+    n_embd=WIDTH,
+    n_layer=2,
+    n_head=4,
+    rotary_dim=4,
+    n_positions=64,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_hf(
+    "codegen",
+    "CodeGenConfig",
+    "CodeGenForCausalLM",
+    text,
+    "decoder",
+    extra=True,
+    vocab_size=VOCAB,
+    n_embd=WIDTH,
+    n_layer=2,
+    n_head=4,
+    rotary_dim=4,
+    n_positions=64,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_hf("mpt", "MptConfig", "MptForCausalLM", text, "decoder", less="kv", extra=True, vocab_size=VOCAB, d_model=WIDTH, n_layers=2, n_heads=4, max_seq_len=64)
 _hf("falcon_multi", "FalconConfig", "FalconForCausalLM", text, "decoder", extra=True, multi_query=True, **_FALCON)
 _hf("falcon_heads", "FalconConfig", "FalconForCausalLM", text, "decoder", extra=True, multi_query=False, **_FALCON)
-_hf("gpt_bigcode", "GPTBigCodeConfig", "GPTBigCodeForCausalLM", text, "decoder", extra=True, vocab_size=VOCAB, n_embd=WIDTH, n_layer=2,
-    n_head=4, n_positions=64, multi_query=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-_hf("qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeForCausalLM", text, "decoder moe", extra=True, num_experts=4, num_experts_per_tok=2,
-    moe_intermediate_size=24, shared_expert_intermediate_size=40, decoder_sparse_step=1, **_LLAMA)
-_hf("gpt_oss", "GptOssConfig", "GptOssForCausalLM", text, "decoder moe", extra=True, num_local_experts=4, num_experts_per_tok=2,
-    head_dim=8, sliding_window=4, **_LLAMA)
+_hf(
+    "gpt_bigcode",
+    "GPTBigCodeConfig",
+    "GPTBigCodeForCausalLM",
+    text,
+    "decoder",
+    extra=True,
+    vocab_size=VOCAB,
+    n_embd=WIDTH,
+    n_layer=2,
+    n_head=4,
+    n_positions=64,
+    multi_query=True,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+)
+_hf(
+    "qwen2_moe",
+    "Qwen2MoeConfig",
+    "Qwen2MoeForCausalLM",
+    text,
+    "decoder moe",
+    extra=True,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    shared_expert_intermediate_size=40,
+    decoder_sparse_step=1,
+    **_LLAMA,
+)
+_hf(
+    "gpt_oss",
+    "GptOssConfig",
+    "GptOssForCausalLM",
+    text,
+    "decoder moe",
+    extra=True,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    head_dim=8,
+    sliding_window=4,
+    **_LLAMA,
+)
 _hf("glm", "GlmConfig", "GlmForCausalLM", text, "decoder", extra=True, head_dim=8, **_LLAMA)
 _hf("xlm_roberta", "XLMRobertaConfig", "XLMRobertaForSequenceClassification", text, "encoder", extra=True, **_ROBERTA)
-_hf("dinov2", "Dinov2Config", "Dinov2ForImageClassification", image, "vision", extra=True, mlp_ratio=2,
-    **{k: v for k, v in _VIT.items() if k != "intermediate_size"})
+_hf(
+    "dinov2",
+    "Dinov2Config",
+    "Dinov2ForImageClassification",
+    image,
+    "vision",
+    extra=True,
+    mlp_ratio=2,
+    **{k: v for k, v in _VIT.items() if k != "intermediate_size"},
+)
 _hf("hubert", "HubertConfig", "HubertForSequenceClassification", wave, "audio", extra=True, **_WAVE)
 _hf("t5_first", "T5Config", "T5ForConditionalGeneration", pair, "encdec", extra=True, feed_forward_proj="relu", **_T5)
 _hf("mbart", "MBartConfig", "MBartForSequenceClassification", lambda b=2, n=7: _with_eos(text(b, n)), "encdec", extra=True, **_BART)
-_hf("qwen3_next", "Qwen3NextConfig", "Qwen3NextForCausalLM", text, "decoder ssm moe", extra=True, num_experts=4, num_experts_per_tok=2,
-    moe_intermediate_size=24, shared_expert_intermediate_size=40, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
-    linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"], **_LLAMA)
+_hf(
+    "qwen3_next",
+    "Qwen3NextConfig",
+    "Qwen3NextForCausalLM",
+    text,
+    "decoder ssm moe",
+    extra=True,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    shared_expert_intermediate_size=40,
+    head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    layer_types=["linear_attention", "full_attention"],
+    **_LLAMA,
+)
 
 
 def _with_eos(inputs: dict[str, Any]) -> dict[str, Any]:

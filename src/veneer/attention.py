@@ -196,8 +196,18 @@ class _Intercept(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def sdpa(own: Callable[..., Tensor], host: Host, parts: list[Any], query: Tensor, key: Tensor, value: Tensor,
-         attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any) -> Tensor:
+def sdpa(
+    own: Callable[..., Tensor],
+    host: Host,
+    parts: list[Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Tensor:
     """scaled_dot_product_attention with the active prefixes."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any) -> Tensor:

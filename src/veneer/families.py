@@ -18,7 +18,7 @@ QKV = frozenset("qkv wqkv query_key_value q_k_v queries_keys_values packed_qkv f
 KV = frozenset("kv wkv key_value k_v kvs kv_b".split())
 QK = frozenset("qk wqk query_key q_k".split())
 FUSED_NAMES = frozenset("c_attn att_proj attn_proj".split())  # fused by convention, though the name does not say so
-O = frozenset("o out output wo final c_proj proj dense post".split())
+OUT = frozenset("o out output wo final c_proj proj dense post".split())
 
 GATE = frozenset("gate w1 wi_0 gate_up wg v1".split())
 UP = frozenset("up w3 wi_1 wi up_gate".split())

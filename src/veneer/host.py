@@ -129,10 +129,7 @@ class Host:
     def refresh(self) -> None:
         self._routed.clear()
         self.recipe = self.make(self.state.active)
-        self.now = {
-            tensor: [p for p in parts if p.adapter in self.state.active and not _needs_call(p)]
-            for tensor, parts in self.owned.items()
-        }
+        self.now = {tensor: [p for p in parts if p.adapter in self.state.active and not _needs_call(p)] for tensor, parts in self.owned.items()}
 
     def make(self, names: tuple[str, ...], routed: bool = False) -> Recipe | None:
         r = Recipe()

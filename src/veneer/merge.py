@@ -94,9 +94,7 @@ def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Par
                     fix="Keep it attached, or settle to a plan of methods that merge (see vn.methods())",
                 )
             if term.gate is not None and term.gate.per != "constant":
-                raise CapabilityError(
-                    f"the gates of {n!r} vary with the input and cannot be merged", fix="vn.settle(model, batches) makes them constants"
-                )
+                raise CapabilityError(f"the gates of {n!r} vary with the input and cannot be merged", fix="vn.settle(model, batches) makes them constants")
     for p in parts:
         for key, value in p.named_parameters():
             if not torch.isfinite(value).all():
@@ -113,7 +111,11 @@ def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Par
         param = module._parameters.get(name)
         where = f"{p.site.path}.{name}"
         if param is None or not param.is_floating_point() or (p.acts != "tensor" and not _plain(module, p)):
-            raise MergeError("the base's weight cannot be had here, as in a quantised module", where=where, fix="Keep the adapter attached, or load the base unquantised to merge")
+            raise MergeError(
+                "the base's weight cannot be had here, as in a quantised module",
+                where=where,
+                fix="Keep the adapter attached, or load the base unquantised to merge",
+            )
         others = [o for o in tied[id(param)] if o != where and o.rpartition(".")[0] not in p.aliases]
         if others:
             raise MergeError(
@@ -167,7 +169,8 @@ def _fold(model: nn.Module, p: Part, group: list[Part], new: dict[int, tuple[nn.
     assert param is not None and w is not None
     bias, b = current("bias")
     # every part of a group sees the weights from before the group
-    seen = p.before = next((q.before for q in group if getattr(q, "before", None) is not None), (w, b))
+    seen: Any = next((q.__dict__["before"] for q in group if "before" in q.__dict__), (w, b))
+    p.__dict__["before"] = seen
     try:
         from .ops.maps import place, take
 

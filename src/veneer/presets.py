@@ -21,8 +21,7 @@ def _presets() -> dict[str, Callable[[], Plan]]:
         "pfeiffer": lambda: Bottleneck(reduction=16, activation="relu", at="ffn"),
         "houlsby": lambda: Bottleneck(reduction=16, activation="swish", at="attn,ffn"),
         "parallel": lambda: Bottleneck(reduction=2, activation="relu", parallel=True, scale=4.0, at="ffn"),
-        "mam": lambda: Prefix(30, reparameterize=800)
-        + Bottleneck(reduction=2, activation="relu", parallel=True, scale=4.0, at="ffn"),
+        "mam": lambda: Prefix(30, reparameterize=800) + Bottleneck(reduction=2, activation="relu", parallel=True, scale=4.0, at="ffn"),
         "unipelt-ap": lambda: gated(Bottleneck(48) + Prefix(10)),
         "unipelt-apl": lambda: gated(Bottleneck(48) + Prefix(10) + LoRA(8, alpha=16)),
         "head": lambda: Full(at="head"),

@@ -11,7 +11,7 @@ from torch import nn
 from . import families as F
 from .roles import Attention, Feed, Mixer, attentions, code_names, expert_block, feeds, head_sizes, mixer_of
 from .sites import PORTS, Site
-from .structure import HIDDEN, Layer, Map, Node, beside, is_mha, layer_roots, subtree, tree, words
+from .structure import HIDDEN, Layer, Node, beside, is_mha, layer_roots, subtree, tree, words
 
 
 def sites(model: nn.Module) -> list[Site]:

@@ -110,7 +110,7 @@ def _output(a: Attention, used: set[Map]) -> Map | None:
     taken = {a.q, a.k, a.v}
     here = [m for n in subtree(a.owner) for m in n.maps if m not in taken and m not in used and m.kind in _LINEAR]
     here = [m for m in here if not _SIDE.intersection(re.split(r"[_.]", m.name.lower()))]
-    named = [m for m in here if words(m.name) in F.O or m.name.lower() in F.O or words(m.name) == ""]
+    named = [m for m in here if words(m.name) in F.OUT or m.name.lower() in F.OUT or words(m.name) == ""]
     wide = a.v.out if a.v is not a.q and a.v is not a.k else None
     for options in (named, here):
         for m in options:
@@ -135,7 +135,7 @@ _SIDE = F.Q | F.K | F.V  # Longformer's query_global and LUKE's w2e_query are no
 def _fits(m: Map, a: Attention, wide: int | None) -> bool:
     if not m.pointwise or m.out == 1:
         return False
-    if m.out != a.q.inp and words(m.name) not in F.O and m.name.lower() not in F.O:
+    if m.out != a.q.inp and words(m.name) not in F.OUT and m.name.lower() not in F.OUT:
         return False
     if wide is None:  # fused
         return m.inp < a.q.out or a.q is not a.v

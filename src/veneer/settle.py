@@ -13,7 +13,7 @@ from torch import nn
 from .adapter import Record, known
 from .attach import install, state_of, uninstall
 from .compose.gate import Gate
-from .errors import CapabilityError, PlanError
+from .errors import PlanError
 from .gates import gates
 from .plan import Gated, Plan, Stack, Sum
 from .sites import Site
@@ -39,7 +39,9 @@ class SettleReport:
         lines = [f"{'method':<14}{'module':<12}{'gate':>14}{'parameters':>12}  {'loss if removed':>16}  kept"]
         for p in self.parts:
             loss = "-" if p["loss"] is None else f"{p['loss']:+.4f}"
-            lines.append(f"{p['method']:<14}{p['module']:<12}{p['mean']:>8.3f}±{p['std']:.3f}{p['parameters']:>12,}  {loss:>16}  {'yes' if p['kept'] else 'no'}")
+            lines.append(
+                f"{p['method']:<14}{p['module']:<12}{p['mean']:>8.3f}±{p['std']:.3f}{p['parameters']:>12,}  {loss:>16}  {'yes' if p['kept'] else 'no'}"
+            )
         lines.append(f"{self.before:,} -> {self.after:,} trainable parameters")
         return "\n".join(lines)
 

@@ -124,11 +124,7 @@ def tensors_of(model: nn.Module, record: Record, fold: bool) -> dict[str, Tensor
 
 def replaced(record: Record) -> set[str]:
     """Names of base tensors that the adapter replaces whole, so that the base's own do not matter."""
-    return {
-        f"{p.site.path}.{p.site.tensor}" if p.site.path else p.site.tensor
-        for p in record.parts
-        if getattr(p, "replaces", False)
-    }
+    return {f"{p.site.path}.{p.site.tensor}" if p.site.path else p.site.tensor for p in record.parts if getattr(p, "replaces", False)}
 
 
 def fingerprint(model: nn.Module, without: set[str]) -> dict[str, Any]:
@@ -137,11 +133,7 @@ def fingerprint(model: nn.Module, without: set[str]) -> dict[str, Any]:
 
     merged = model.__dict__["_veneer_state"].merged if "_veneer_state" in model.__dict__ else None
     kept = {i: d for i, (_, d) in merged.kept.items()} if merged is not None else {}
-    tensors = [
-        (n, p)
-        for n, p in model.named_parameters()
-        if f"{KEY}." not in n and n not in without and p.is_floating_point()
-    ]
+    tensors = [(n, p) for n, p in model.named_parameters() if f"{KEY}." not in n and n not in without and p.is_floating_point()]
     from . import resolve
 
     head = {s.path for s in resolve.sites(model) if s.role == "head" and s.port == "param"}
@@ -188,7 +180,9 @@ def compare(saved: dict[str, Any], model: nn.Module, where: str, without: set[st
             continue
         a, b = torch.tensor(old), torch.tensor(new)
         if a.shape != b.shape or not torch.allclose(a, b, rtol=2e-2, atol=2e-3 * float(a.abs().max().clamp(min=1e-6))):
-            raise StoreError(f"the adapter is for another base: the numbers of {n} differ", where=where, fix=f"{fix}; vn.load(..., check_base=False) loads it anyway")
+            raise StoreError(
+                f"the adapter is for another base: the numbers of {n} differ", where=where, fix=f"{fix}; vn.load(..., check_base=False) loads it anyway"
+            )
 
 
 def read_json(path: Path) -> Any:
@@ -212,9 +206,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise StoreError(f"not a whole safetensors file: {e}", where=str(path), fix="The file is truncated or damaged; take another copy") from None
 
 
-def load(
-    model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, activate: bool = True, check_base: bool = True
-) -> Adapter:
+def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, activate: bool = True, check_base: bool = True) -> Adapter:
     """Attach the adapter saved in the folder `path`, in either format, as `name` (default: its own name).
 
     check_base  refuse a base of other shapes or other numbers (compared within what a cast to half precision changes)

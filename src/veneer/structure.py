@@ -126,7 +126,7 @@ def maps_of(node: Node) -> list[Map]:
     weight = m._parameters.get("weight")
     names = m.__dict__
     if is_mha(node):
-        d = m.embed_dim
+        d: Any = m.embed_dim
         if m._parameters.get("in_proj_weight") is not None:
             return [Map(node, "tensor", "in_proj_weight", 3 * d, d)]
         found = [(t, m._parameters.get(t)) for t in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
@@ -249,9 +249,7 @@ def block_of(core: Node, cores: list[Node]) -> Node:
     has more than the core."""
     chain = [n for n in core.up()]
     for node in reversed(chain[1:]):
-        if node.parent is not None and any(
-            s is not node and s.cls is node.cls and any(s.holds(c) for c in cores) for s in node.parent.children
-        ):
+        if node.parent is not None and any(s is not node and s.cls is node.cls and any(s.holds(c) for c in cores) for s in node.parent.children):
             return node
     for node in chain:
         if sum(1 for n in subtree(node) for m in n.maps if m.kind != "embedding" and not m.role) >= 2:

@@ -43,9 +43,7 @@ CAPABILITIES = ("mergeable", "identity_at_init", "routable", "gateable")
 
 def methods() -> list[Record]:
     """Every method: name, family, the ports it uses, what it can do, and its paper."""
-    return [
-        Record(m.name, m.family, m.ports, tuple(c for c in CAPABILITIES if getattr(m, c)), m.paper, m) for m in REGISTRY
-    ]
+    return [Record(m.name, m.family, m.ports, tuple(c for c in CAPABILITIES if getattr(m, c)), m.paper, m) for m in REGISTRY]
 
 
 def find(name: Any, where: str = "") -> type[Method]:

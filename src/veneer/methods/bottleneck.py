@@ -104,9 +104,7 @@ class BottleneckPart(OutputPart):
         if channels_second:
             z = z.movedim(1, -1)
         if self.norm is not None:
-            z = nn.functional.layer_norm(
-                z, (z.shape[-1],), self.cast(self.norm.weight, z), self.cast(self.norm.bias, z), self.norm.eps
-            )
+            z = nn.functional.layer_norm(z, (z.shape[-1],), self.cast(self.norm.weight, z), self.cast(self.norm.bias, z), self.norm.eps)
         z = self.activation(nn.functional.linear(z, self.cast(self.down, z), self.cast(self.down_bias, z)))
         z = nn.functional.linear(z, self.cast(self.up, z), self.cast(self.up_bias, z))
         if self.dropout:

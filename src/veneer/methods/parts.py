@@ -26,9 +26,7 @@ def like(build: Build, site: Site) -> dict[str, Any]:
     part, while casting the activations up would cost memory at every layer.
     """
     module = module_at(build.model, site.path)
-    params = [p for p in module.parameters() if p.is_floating_point()] or [
-        p for p in build.model.parameters() if p.is_floating_point()
-    ]
+    params = [p for p in module.parameters() if p.is_floating_point()] or [p for p in build.model.parameters() if p.is_floating_point()]
     device = params[0].device if params else torch.device("cpu")
     base = params[0].dtype if params else torch.float32
     dtype = build.dtype or (base if base == torch.float64 else torch.float32)

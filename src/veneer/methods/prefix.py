@@ -64,9 +64,7 @@ class PrefixPart(KVPart):
             self.values = nn.Parameter(torch.empty(m.length, width, **new).normal_(std=m.init_std))
         else:
             self.start = nn.Parameter(torch.empty(m.length, width, **new).normal_())
-            self.mlp = nn.Sequential(
-                nn.Linear(width, m.reparameterize, **new), nn.Tanh(), nn.Linear(m.reparameterize, 2 * width, **new)
-            )
+            self.mlp = nn.Sequential(nn.Linear(width, m.reparameterize, **new), nn.Tanh(), nn.Linear(m.reparameterize, 2 * width, **new))
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """P_K and P_V, (n, heads · head_dim)."""
