@@ -190,7 +190,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StoreError("there is no adapter here", where=str(path), fix="Give the folder that vn.save wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as e:
         raise StoreError(f"not a JSON file: {e}", where=str(path), fix="The file is damaged; take another copy") from None
 
 
@@ -214,10 +214,12 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     Raises: StoreError for a missing, damaged, truncated or foreign file, or another base; the model is then as it was.
     """
     path = Path(path)
-    if (path / "adapter_config.json").exists() and not (path / CONFIG).exists():
-        from .peft_format import load_peft
+    if not (path / CONFIG).exists():
+        from .peft_format import find, load_peft
 
-        return load_peft(model, path, name or "default", activate=activate)
+        folder = find(path, name)
+        if folder is not None:
+            return load_peft(model, folder, name or ("default" if folder == path else folder.name), activate=activate)
     config = read_json(path / CONFIG)
     where = str(path / CONFIG)
     if not isinstance(config, dict) or config.get("format") != FORMAT:

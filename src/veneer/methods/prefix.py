@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.positions import rotation, tables
 from ..sites import Site
 from .base import Build, Method
-from .parts import KVPart, Part, like
+from .parts import KVPart, Part, TensorPart, like, module_at
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Prefix(Method):
     reparameterize  width of the MLP through which the paper trains: P = W2 tanh(W1 E), E (n, d), one W1, W2 a layer.
                     It is folded away when saving; None (default) trains P itself
     init_std        0.02: P ~ N(0, 0.02²); not the identity at the start, since even keys of zero draw attention
+    positions       True: the prefix takes the first n positions and the sequence starts at n, as in Hugging Face PEFT,
+                    where it is a cache. False (default): it takes none
 
     A gate scales the deviation λ · (attn_P - attn): see vn.gated. Parameters: 2 n d a layer (184,320 on BERT-base with
     n = 10). Raises: PlanError, SiteError.
@@ -40,6 +44,7 @@ class Prefix(Method):
     length: int = 10
     reparameterize: int | None = None
     init_std: float = 0.02
+    positions: bool = False
     at: str | None = None
 
     def __post_init__(self) -> None:
@@ -47,17 +52,52 @@ class Prefix(Method):
         if self.reparameterize is not None:
             self._positive(reparameterize=self.reparameterize)
         self._finite(init_std=self.init_std)
+        self._one_of((True, False), positions=self.positions)
         self._pattern()
+
+    def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
+        turned = []
+        for site, part in super().parts(sites, build):
+            if self.positions and _window(build.model, site):
+                raise self._fail(
+                    f"positions=True, and {site.path} has a sliding window that would leave the prefix behind",
+                    "Leave positions out: every token then sees the prefix",
+                )
+            turned.append(part.turn is not None)  # type: ignore[attr-defined]
+            yield site, part
+        if not self.positions or all(turned):
+            return
+        paths = tables(build.model, sites("all", "weight", ""))
+        if not paths or any(turned):
+            raise self._fail(
+                "positions=True, and this model has neither rotary positions nor a table of absolute ones",
+                "Leave positions out: the prefix then takes no positions",
+            )
+        if build.gated:
+            raise self._fail("positions=True moves the table of positions, which no gate can scale", "Leave positions out")
+        for site in sites("all", "param", ""):
+            if site.path in paths:
+                yield site, ShiftPart(site, self.length)
 
     def part(self, site: Site, build: Build) -> Part:
         return PrefixPart(site, build, self)
 
 
+def _window(model: nn.Module, site: Site) -> bool:
+    module = module_at(model, site.path)
+    own = module.__dict__.get("sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
+    return bool(own) and getattr(getattr(module, "config", None), "use_sliding_window", True) is not False
+
+
 class PrefixPart(KVPart):
+    turn: Tensor | None  # what makes a key that is seen from i seem one that is seen from i + n
+
     def __init__(self, site: Site, build: Build, m: Prefix) -> None:
         super().__init__(site)
         new, width = like(build, site), site.heads * site.head_dim
         self.heads, self.length = site.heads, m.length
+        turn = rotation(build.model, module_at(build.model, site.path), site.head_dim, m.length) if m.positions else None
+        self.register_buffer("turn", turn, persistent=False)
         self.mlp = None
         if m.reparameterize is None:
             self.keys = nn.Parameter(torch.empty(m.length, width, **new).normal_(std=m.init_std))
@@ -75,7 +115,7 @@ class PrefixPart(KVPart):
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         k, v = (t.unflatten(-1, (self.heads, -1)).transpose(0, 1) for t in self.pair())
-        return k, v
+        return k if self.turn is None else k @ self.turn.to(k), v
 
     def folded(self) -> dict[str, Tensor]:
         """The tensors to save: the MLP's result in place of the MLP."""
@@ -91,3 +131,14 @@ class PrefixPart(KVPart):
             del self.start
             self.mlp = None
             self.keys, self.values = nn.Parameter(k.detach().clone()), nn.Parameter(v.detach().clone())
+
+
+class ShiftPart(TensorPart):
+    """A table of absolute positions from row n on: position i is what i + n was."""
+
+    def __init__(self, site: Site, n: int) -> None:
+        super().__init__(site)
+        self.n = n
+
+    def value(self, p: Tensor) -> Tensor:
+        return p[self.n :]

@@ -1,0 +1,13 @@
+"""Hugging Face PEFT's adapter files, in and out: one codec for each PEFT type, and what they share.
+
+    config.py   which fields a file may have, and what they mean     places.py   module paths <-> sites and patterns
+    lora.py  ia3.py  soft.py  whole.py    the codecs                  files.py    reading and writing a folder
+
+A file becomes an ordinary plan: from then on nothing remembers where it came from.
+"""
+
+from __future__ import annotations
+
+from .files import find, load_peft, save_peft
+
+__all__ = ["find", "load_peft", "save_peft"]

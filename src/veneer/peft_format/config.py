@@ -1,0 +1,147 @@
+"""The fields of adapter_config.json: which are read, which say nothing about the function, and which are refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import StoreError, did_you_mean
+from ..methods.base import Method
+from ..sites import Site
+
+# Fields that change nothing once the weights are there: origin, initialisation, and settings of parts that are off by
+# default (a part that is on has a field of its own, which is refused).
+HARMLESS = frozenset(
+    "peft_type task_type base_model_name_or_path revision auto_mapping inference_mode peft_version modules_to_save"
+    " target_modules exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config loftq_config"
+    " eva_config corda_config lora_ga_config init_lora_weights init_ia3_weights init_weights ensure_weight_tying"
+    " prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"
+    " num_layers num_attention_heads token_dim num_virtual_tokens num_transformer_submodules encoder_hidden_size".split()
+)
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+# the modules that PEFT, told these tasks, wants to find in the file
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def task_of(model: nn.Module, saved: Iterable[str]) -> str | None:
+    """PEFT's task_type, which its loader takes the wrapper from; only transformers' class names carry it.
+
+    A task whose head is not among the tensors `saved` is left out: the loader would miss it.
+    """
+    name = type(model).__name__
+    task = next((task for end, task in TASKS.items() if name.endswith(end)), None)
+    tails = tuple(f".{h}" for h in HEADS.get(task or "", ()))
+    heads = [p for p, _ in model.named_modules() if f".{p}".endswith(tails)] if tails else []
+    needed = {f"{h}.{n}" for h in heads for n, _ in model.get_submodule(h).named_parameters() if "_veneer" not in n}
+    return None if needed - set(saved) else task
+
+
+_NESTED = re.compile(r"[+*}][^()]*\)+[+*{]")
+
+
+@dataclass
+class Source:
+    """A file that is being read: its configuration, its tensors (a codec takes out what it uses), and the model."""
+
+    model: nn.Module
+    sites: list[Site]
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    where: str
+
+    def fail(self, what: str, fix: str = "") -> StoreError:
+        return StoreError(what, where=self.where, fix=fix)
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A field that is a whole number of at least 1."""
+        value = self.config.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.fail(f"{key} must be a whole number of at least 1, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A finite number."""
+        return self.finite(key, self.config.get(key, default))
+
+    def finite(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
+            raise self.fail(f"{key} must be a finite number, not {value!r}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.fail(f"{key} must be true or false, not {value!r}")
+        return bool(value)
+
+    def regex(self, key: str, text: str) -> re.Pattern[str]:
+        """`text`, which stands in the field `key`, as a pattern; one that could run for ever on a short name is refused."""
+        try:
+            if len(text) > 10_000 or _NESTED.search(text):
+                raise re.error("repetition within repetition")
+            return re.compile(text)
+        except (re.error, RecursionError, OverflowError) as e:
+            raise self.fail(f"{key} has {text[:80]!r}, which is no regular expression: {e}") from None
+
+    def table(self, key: str) -> dict[str, Any]:
+        value = self.config.get(key) or {}
+        if not isinstance(value, dict):
+            raise self.fail(f"{key} must be a mapping, not {value!r}")
+        return value
+
+    def names(self, key: str) -> list[str]:
+        """A field that is a list of module names, or one regular expression or name (then a list of one)."""
+        value = self.config.get(key) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise self.fail(f"{key} must be a list of module names, not {value!r}")
+        return value
+
+
+@dataclass
+class Draft:
+    """One method of the plan that a file becomes, and the tensors of each of its sites: (path, tensor) -> name -> value."""
+
+    method: Method
+    values: dict[Site, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def check_fields(source: Source, used: Iterable[str]) -> None:
+    """Refuse every field that might change the function and that nobody reads: one that is set and not known here."""
+    known = HARMLESS | set(used)
+    for key, value in source.config.items():
+        if key in known or value is None or value is False or value == [] or value == {} or value == "":
+            continue
+        ptype = source.config["peft_type"]
+        raise source.fail(
+            f"{ptype} with {key}={value!r} cannot be read here",
+            f"Convert it with PEFT (merge it, or export a plain {ptype}); {did_you_mean(key, known)}"
+            if key.startswith("use_") or key == "layer_replication"
+            else f"The field is unknown. {did_you_mean(key, known)}",
+        )
+
+
+INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def check_start(source: Source) -> None:
+    """Some initialisations rewrite the base's weights too (PiSSA, OLoRA, LoftQ, …): the base given here lacks that."""
+    init = source.config.get("init_lora_weights", True)
+    if init not in INITS:
+        raise source.fail(
+            f"init_lora_weights={init!r} changes the base's weights, so the adapter does not fit the base itself",
+            "Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )

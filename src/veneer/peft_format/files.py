@@ -1,0 +1,190 @@
+"""Reading and writing a folder in PEFT's format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import resolve
+from ..adapter import Adapter, Record
+from ..attach import attach, check_name, detach, state_of
+from ..errors import AdapterError, CapabilityError, StoreError, VeneerError, did_you_mean
+from ..plan import Plan, Sum
+from ..store import read_json, read_tensors, write_folder, write_whole
+from . import ia3, lora, soft, whole
+from .config import Draft, Source, check_fields, task_of
+
+if TYPE_CHECKING:
+    from ..methods.parts import Part
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Written = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One PEFT type: the method that is its own, the fields that it reads, and the prefix of its keys."""
+
+    peft_type: str
+    method: str
+    fields: Iterable[str]
+    read: Callable[[Source], list[Draft]]
+    write: Callable[[Any, list[Any]], Written]
+    prefix: str = "base_model.model."
+
+
+CODECS = (
+    Codec("LORA", "lora", lora.FIELDS, lora.read, lora.write),
+    Codec("IA3", "ia3", ia3.FIELDS, ia3.read, ia3.write),
+    Codec("LN_TUNING", "full", whole.FIELDS, whole.read, whole.write),
+    Codec("PROMPT_TUNING", "prompt", (), soft.read_prompt, soft.write_prompt, "base_model."),
+    Codec("PREFIX_TUNING", "prefix", ("prefix_projection",), soft.read_prefix, soft.write_prefix, "base_model."),
+)
+
+
+def find(path: Path, name: str | None) -> Path | None:
+    """The folder at or under `path` that holds PEFT files: the adapter 'default' at the root, others by their name."""
+    if (path / CONFIG).exists():
+        return path
+    if name is not None and (path / name / CONFIG).exists():
+        return path / name
+    below = sorted(p.parent for p in path.glob(f"*/{CONFIG}"))
+    if len(below) > 1:
+        raise StoreError(f"there are {len(below)} adapters here", where=str(path), fix="Name one: " + ", ".join(repr(p.name) for p in below))
+    return below[0] if below else None
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+def load_peft(model: nn.Module, path: Path, name: str, *, activate: bool = True) -> Adapter:
+    """Attach the PEFT adapter in the folder `path` as `name`: LORA, IA3, LN_TUNING, PROMPT_TUNING or PREFIX_TUNING, each
+    with modules_to_save.
+
+    A whole fused projection becomes its slices: each has A whole and its own rows of B, which is the same function; when
+    trained further here, the copies of A go their own ways.
+
+    Raises: StoreError for a file that is damaged, for another base, or says what cannot be read here; the model is then
+    as it was.
+    """
+    check_name(name)
+    where = str(path / CONFIG)
+    config = read_json(path / CONFIG)
+    if not isinstance(config, dict):
+        raise StoreError("not an adapter's configuration", where=where)
+    types = {c.peft_type: c for c in CODECS}
+    codec = types.get(str(config.get("peft_type")))
+    if codec is None:
+        raise StoreError(f"peft_type {config.get('peft_type')!r} cannot be read here", where=where, fix=did_you_mean(str(config.get("peft_type")), types))
+    if not (path / WEIGHTS).exists() and (path / "adapter_model.bin").exists():
+        raise StoreError(
+            "the weights are a pickle, which can run code and is not read", where=str(path), fix="Save them with PEFT again: safe_serialization=True"
+        )
+    tensors: dict[str, Tensor] = {}
+    for key, value in read_tensors(path / WEIGHTS).items():
+        own = key == soft.KEY
+        if not own and not key.startswith(codec.prefix):
+            raise StoreError(f"a tensor {key!r} that is not of a {codec.peft_type} adapter", where=str(path / WEIGHTS))
+        if not value.is_floating_point():
+            raise StoreError(f"{key!r} is {value.dtype}, not floating point", where=str(path / WEIGHTS))
+        tensors[key if own else key.removeprefix(codec.prefix)] = value
+    source = Source(model, resolve.sites(model), config, tensors, where)
+    try:
+        drafts = _drafts(source, codec)
+        plan: Plan = drafts[0].method if len(drafts) == 1 else Sum(tuple(d.method for d in drafts))
+        adapter = attach(model, plan, name=name, activate=False)
+    except (StoreError, AdapterError):  # the name is taken: no fault of the file
+        raise
+    except VeneerError as e:
+        raise StoreError(f"the adapter cannot be attached: {e.what}", where=where, fix=e.fix) from e
+    state = state_of(model)
+    try:
+        _fill(source, state.adapters[name].parts, drafts)
+    except BaseException:
+        detach(model, name)
+        raise
+    if activate:
+        state.active = (name,)
+    state.refresh()
+    return adapter
+
+
+def _drafts(source: Source, codec: Codec) -> list[Draft]:
+    """The methods that the file becomes; every tensor of it has its place in one of them."""
+    check_fields(source, codec.fields)
+    drafts = [*codec.read(source)]
+    if not drafts:
+        raise source.fail(f"there is no tensor of {codec.peft_type} in {WEIGHTS}", "The file is not whole; take another copy")
+    drafts += whole.rest(source)
+    if source.tensors:
+        raise source.fail(f"there is a tensor {next(iter(source.tensors))!r}, which {codec.peft_type} does not have")
+    return drafts
+
+
+def _fill(source: Source, parts: list[Part], drafts: list[Draft]) -> None:
+    """Give every part its tensors."""
+    with torch.no_grad():
+        for part in parts:
+            given = drafts[part.term].values.get(part.site, {})
+            for key, own in part.named_parameters():
+                if key not in given or given[key].shape != own.shape:
+                    there = list(given[key].shape) if key in given else "none"
+                    raise source.fail(f"{part.site.path!r} needs {key!r} of shape {list(own.shape)}, and the file has {there}")
+                own.copy_(given[key])
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+def save_peft(model: nn.Module, path: Path, record: Record) -> Path:
+    """Write `record` as PEFT's files: at `path` for the adapter 'default', in `path`/<name> for others. Returns where.
+
+    Raises: CapabilityError for what PEFT cannot express: gates, stacks, methods it lacks, and mixtures of its types.
+    """
+    codec, parts = _codec(record)
+    fields, tensors = codec.write(model, parts)
+    left = {id(p) for p in parts if f"{p.site.path}.ln_tuning_layers.{p.site.tensor}" in tensors or p.method_name != "full"}
+    extra = [p for p in record.parts if id(p) not in left]
+    saved: dict[str, Any] = {"modules_to_save": None}
+    if extra:
+        saved, more = whole.write_rest(model, extra)
+        tensors = {**tensors, **more}
+    config = {
+        "peft_type": codec.peft_type, "task_type": task_of(model, tensors), "auto_mapping": None, "inference_mode": True, "revision": None,
+        "base_model_name_or_path": str(getattr(getattr(model, "config", None), "_name_or_path", "") or "") or None, **saved, **fields,
+    }  # fmt: skip
+    if soft.KEY in tensors and config["task_type"] is None:
+        config["task_type"] = "FEATURE_EXTRACTION"  # a prompt needs one of PEFT's wrappers; this one wants no head
+    folder = path if record.name == "default" else path / record.name
+    out = {k if k == soft.KEY else codec.prefix + k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    write_folder(folder, dict(sorted(config.items())), out, (CONFIG, WEIGHTS))
+    write_whole(folder / "README.md", _readme(record, config).encode())
+    return folder
+
+
+def _codec(record: Record) -> tuple[Codec, list[Part]]:
+    """The codec for the one method of `record` that gives it its type, and that method's parts."""
+    native = "Save it in the native format: vn.save(model, path)"
+    if any(p.gate is not None for p in record.parts):
+        raise CapabilityError(
+            f"PEFT's format has no gates, and {record.name!r} has", fix=f"Settle them into constants first: vn.settle(model, batches), or: {native}"
+        )
+    if record.plan.depth() > 1:
+        raise CapabilityError(f"PEFT's format has no stacks (a >> b), and {record.name!r} is one", fix=native)
+    of = {c.method: c for c in CODECS}
+    methods = list(dict.fromkeys(p.method_name for p in record.parts))
+    for m in methods:
+        if m not in of:
+            raise CapabilityError(f"PEFT's format has no {m!r}, which {record.name!r} uses", fix=native)
+    main = [m for m in methods if m != "full"] or ["full"]
+    if len(main) > 1:
+        raise CapabilityError(f"a PEFT file holds one method, and {record.name!r} mixes {' and '.join(main)}", fix=native)
+    return of[main[0]], [p for p in record.parts if p.method_name == main[0]]
+
+
+def _readme(record: Record, config: dict[str, Any]) -> str:
+    base = config["base_model_name_or_path"]
+    head = "---\nlibrary_name: peft\n" + (f"base_model: {base}\n" if base else "") + "---\n"
+    kind = config["peft_type"]
+    return f"{head}\nA {kind} adapter{f' for {base}' if base else ''}, in the format of Hugging Face PEFT.\n\nIts plan: `{record.plan.to_dict()}`\n"
