@@ -21,6 +21,8 @@ LoRA = peft.LoraConfig
 CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "bert-lora": ("bert", lambda: LoRA(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")),
     "bert-regex": ("bert", lambda: LoRA(r=3, target_modules=r".*layer\.[02].*(query|dense)", use_rslora=True)),
+    "bert-bias": ("bert", lambda: LoRA(r=2, target_modules=["query"], bias="all", task_type="SEQ_CLS")),
+    "bert-its-bias": ("bert", lambda: LoRA(r=2, target_modules=["query", "dense"], bias="lora_only")),
     "llama-all": (
         "llama",
         lambda: LoRA(r=4, lora_alpha=5, target_modules="all-linear", rank_pattern={"q_proj": 2}, alpha_pattern={"1.*.v_proj": 3.5}, task_type="CAUSAL_LM"),
@@ -128,6 +130,8 @@ def test_both_ways(case: str, tmp_path: Path) -> None:
 MADE_HERE: dict[str, tuple[str, Callable[[], vn.Plan]]] = {
     "bert-head": ("bert", lambda: vn.LoRA(4) + vn.Full(at="head")),
     "roberta-head": ("roberta", lambda: vn.LoRA(4, at="attn.{q,k}") + vn.Full(at="head")),
+    "biases": ("bert", lambda: vn.LoRA(4) + vn.BitFit()),
+    "biases-head": ("gpt2", lambda: vn.LoRA(4) + vn.BitFit(at="attn,norm") + vn.Full(at="name:lm_head")),
     "ranks": ("llama", lambda: vn.LoRA(4, at="attn.q") + vn.LoRA(2, alpha=7, at="attn.v,ffn.down") + vn.LoRA(3, at="attn.v@0")),
     "embeddings": ("llama", lambda: vn.LoRA(4, at="embed,attn.o")),
     "slices": ("gpt2", lambda: vn.LoRA(4)),
@@ -212,6 +216,8 @@ def test_several_adapters(tmp_path: Path) -> None:
         ("bert", lambda: vn.PromptTuning(2), "before_cls=True"),
         ("bert", lambda: vn.Prefix(2), "positions=True"),
         ("bert", lambda: vn.Prefix(2, at="attn@0", positions=True), "every self-attention"),
+        ("bert", lambda: vn.BitFit(), "no 'bitfit'"),
+        ("bert", lambda: vn.IA3() + vn.BitFit(), "no 'bitfit'"),
         ("bert", lambda: vn.Full(at="head"), "only whole tensors"),
         ("bert", lambda: vn.IA3(at="attn.k") + vn.IA3(at="attn.k"), "one vector a module"),
         ("t5", lambda: vn.Prefix(2), "encoder-decoder"),
@@ -250,7 +256,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "replication": (lambda d: spoil(d, {"layer_replication": [[0, 2]]}), "layer_replication="),
     "tokens": (lambda d: spoil(d, {"trainable_token_indices": [1]}), "trainable_token_indices="),
     "new-field": (lambda d: spoil(d, {"use_magic": 3}), "use_magic=3 cannot be read"),
-    "bias": (lambda d: spoil(d, {"bias": "all"}), "bias='all'"),
+    "bias": (lambda d: spoil(d, {"bias": "some"}), "bias='some'"),
     "pissa": (lambda d: spoil(d, {"init_lora_weights": "pissa"}), "changes the base's weights"),
     "rank": (lambda d: spoil(d, {"r": 3}), "rank 2 in the weights and 3 in the configuration"),
     "rank-type": (lambda d: spoil(d, {"r": "2"}), "r must be a whole number"),

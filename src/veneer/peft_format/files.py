@@ -28,10 +28,12 @@ Written = tuple[dict[str, Any], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Codec:
-    """One PEFT type: the method that is its own, the fields that it reads, and the prefix of its keys."""
+    """One PEFT type: the method that is its own, those that it takes beside, the fields that it reads, and the prefix of
+    its keys. Every type takes vn.Full, as modules_to_save."""
 
     peft_type: str
     method: str
+    beside: tuple[str, ...]
     fields: Iterable[str]
     read: Callable[[Source], list[Draft]]
     write: Callable[[Any, list[Any]], Written]
@@ -39,11 +41,11 @@ class Codec:
 
 
 CODECS = (
-    Codec("LORA", "lora", lora.FIELDS, lora.read, lora.write),
-    Codec("IA3", "ia3", ia3.FIELDS, ia3.read, ia3.write),
-    Codec("LN_TUNING", "full", whole.FIELDS, whole.read, whole.write),
-    Codec("PROMPT_TUNING", "prompt", (), soft.read_prompt, soft.write_prompt, "base_model."),
-    Codec("PREFIX_TUNING", "prefix", ("prefix_projection",), soft.read_prefix, soft.write_prefix, "base_model."),
+    Codec("LORA", "lora", ("bitfit",), lora.FIELDS, lora.read, lora.write),
+    Codec("IA3", "ia3", (), ia3.FIELDS, ia3.read, ia3.write),
+    Codec("LN_TUNING", "full", (), whole.FIELDS, whole.read, whole.write),
+    Codec("PROMPT_TUNING", "prompt", (), (), soft.read_prompt, soft.write_prompt, "base_model."),
+    Codec("PREFIX_TUNING", "prefix", (), ("prefix_projection",), soft.read_prefix, soft.write_prefix, "base_model."),
 )
 
 
@@ -174,13 +176,15 @@ def _codec(record: Record) -> tuple[Codec, list[Part]]:
         raise CapabilityError(f"PEFT's format has no stacks (a >> b), and {record.name!r} is one", fix=native)
     of = {c.method: c for c in CODECS}
     methods = list(dict.fromkeys(p.method_name for p in record.parts))
-    for m in methods:
-        if m not in of:
-            raise CapabilityError(f"PEFT's format has no {m!r}, which {record.name!r} uses", fix=native)
     main = [m for m in methods if m != "full"] or ["full"]
-    if len(main) > 1:
+    codec = next((of[m] for m in main if m in of), None)
+    for m in main:
+        if codec is None or (m not in of and m not in codec.beside):
+            raise CapabilityError(f"PEFT's format has no {m!r}, which {record.name!r} uses", fix=native)
+    main = [m for m in main if codec is not None and m not in codec.beside]
+    if codec is None or len(main) > 1:
         raise CapabilityError(f"a PEFT file holds one method, and {record.name!r} mixes {' and '.join(main)}", fix=native)
-    return of[main[0]], [p for p in record.parts if p.method_name == main[0]]
+    return codec, [p for p in record.parts if p.method_name == codec.method or p.method_name in codec.beside]
 
 
 def _readme(record: Record, config: dict[str, Any]) -> str:

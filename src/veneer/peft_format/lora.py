@@ -14,6 +14,7 @@ from ..errors import CapabilityError
 from ..methods import LoRA
 from ..ops.maps import place, take
 from ..sites import Site
+from . import biases
 from .config import Draft, Source, check_start
 from .places import pattern, short_names, sites_at
 
@@ -24,9 +25,6 @@ _KEY = re.compile(r"(?P<path>.+?)(?P<inner>(?:\.base_layer)*)\.lora_(?P<embeddin
 def read(source: Source) -> list[Draft]:
     """The plan of a LORA file: one LoRA for each rank and alpha. Takes its tensors out of `source`."""
     check_start(source)
-    bias = source.config.get("bias", "none")
-    if bias != "none":
-        raise source.fail(f"LORA with bias={bias!r} cannot be read here", "Train with bias='none', or merge it with PEFT")
     found: dict[tuple[str, int], dict[str, Tensor]] = {}
     for key in list(source.tensors):
         match = _KEY.fullmatch(key)
@@ -53,7 +51,7 @@ def read(source: Source) -> list[Draft]:
     for (rank, alpha), draft in groups.items():
         at = pattern(source.sites, wanted[rank, alpha], source.where)
         draft.method = LoRA(rank, alpha=int(alpha) if alpha == int(alpha) else alpha, dropout=source.number("lora_dropout", 0.0), at=at)
-    return list(groups.values())
+    return [*groups.values(), *biases.read(source)]
 
 
 def _parameter(source: Source, path: str, depth: int, found: dict[tuple[str, int], Any]) -> str | None:
@@ -109,15 +107,18 @@ def _alpha(source: Source, path: str, tensor: str | None, rank: int) -> float:
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 def write(model: Any, parts: list[Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The fields and tensors of a LORA file for LoRA parts. Several on one map become one of their summed rank."""
+    """The fields and tensors of a LORA file, for LoRA parts and BitFit parts beside them. Several LoRAs on one map become
+    one of their summed rank."""
     groups: dict[tuple[str, str], list[Any]] = {}
-    for p in parts:
-        groups.setdefault((p.site.path, p.site.tensor), []).append(p)
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
     targets: list[str] = []
     parameters: dict[str, list[str]] = {}
     transposed = False
+    bias = [p for p in parts if p.method_name == "bitfit"]
+    parts = [p for p in parts if p.method_name == "lora"]
+    for p in parts:
+        groups.setdefault((p.site.path, p.site.tensor), []).append(p)
     for (path, tensor), members in groups.items():
         site = members[0].site
         if site.kind == "tensor" or (site.kind == "conv" and members[0].map.groups > 1):
@@ -149,6 +150,9 @@ def write(model: Any, parts: list[Any]) -> tuple[dict[str, Any], dict[str, Tenso
         "alpha_pattern": {_exactly(k): _plain(x) for k, (_, x) in odd.items() if x != alpha},
         "target_parameters": sorted(names) or None,
     }  # fmt: skip
+    if bias:
+        more, whole = biases.write(model, bias, set(targets))
+        return {**fields, **more}, {**tensors, **whole}
     return fields, tensors
 
 
