@@ -294,6 +294,42 @@ def test_bad_files(fault: str, tmp_path: Path) -> None:
     assert "_veneer_state" not in model.__dict__ and torch.equal(logits(model, ZOO["bert"].inputs(2, 7)), before)
 
 
+JUNK: list[Any] = [True, -1, 2**70, float("nan"), "", "(", [], [1], [[]], {"a": "b"}, {"": 1}, {".*": 2}]
+
+
+@pytest.mark.parametrize("plan", [lambda: vn.LoRA(2) + vn.BitFit(), lambda: vn.IA3(), lambda: vn.Prefix(2, positions=True)])
+def test_junk(plan: Callable[[], vn.Plan], tmp_path: Path) -> None:
+    """Whatever stands in a field or in a tensor's place: the adapter loads, or is refused as a file."""
+    model = ZOO["bert"].build()
+    vn.attach(model, plan())
+    vn.save(model, tmp_path, format="peft")
+    vn.detach(model)
+
+    def attempt() -> None:
+        try:
+            vn.load(model, tmp_path)
+        except vn.StoreError:
+            assert "_veneer_state" not in model.__dict__
+        else:
+            vn.detach(model)
+
+    config_path, weights_path = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config, tensors = json.loads(config_path.read_text()), load_file(weights_path)
+    for key in [*config, "use_rslora", "feedforward_modules", "target_parameters"]:
+        for junk in JUNK:
+            config_path.write_text(json.dumps({**config, key: junk}))
+            attempt()
+    config_path.write_text(json.dumps(config))
+    first = next(iter(tensors))
+    for value in (torch.ones(()), torch.ones(0), torch.ones(0, 3), torch.ones(3, 4, 5), tensors[first].t().contiguous()):
+        save_file({**tensors, first: value}, weights_path)
+        attempt()
+    for name in ("base_model.model.", "base_model.model..lora_A.weight", "base_model.model.bias", first + ".x"):
+        save_file({**{k: v for k, v in tensors.items() if k != first}, name: tensors[first]}, weights_path)
+        with pytest.raises(vn.StoreError):
+            vn.load(model, tmp_path)
+
+
 def test_other_bases(tmp_path: Path) -> None:
     for kind, plan, other in (
         ("bert", vn.LoRA(2), "llama"),

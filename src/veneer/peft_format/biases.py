@@ -55,6 +55,8 @@ def read(source: Source) -> list[Draft]:
 def write(model: Any, parts: list[Any], lora: set[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The field `bias` and the biases themselves, for BitFit parts beside LoRA at the modules `lora`."""
     tensors: dict[str, Tensor] = {}
+    if model.__dict__["_veneer_state"].merged is not None:
+        raise CapabilityError("PEFT stores biases whole, and adapters are merged into these", fix="vn.unmerge(model) first")
     for p in parts:
         own = module_at(model, p.site.path)._parameters[p.site.tensor]
         if p.site.tensor != "bias" or not p.site.path:

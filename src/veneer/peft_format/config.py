@@ -22,6 +22,10 @@ HARMLESS = frozenset(
     " prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs"
     " num_layers num_attention_heads token_dim num_virtual_tokens num_transformer_submodules encoder_hidden_size".split()
 )
+FEATURES = frozenset(
+    "use_dora use_qalora use_bdlora layer_replication trainable_token_indices lora_bias alora_invocation_tokens arrow_config"
+    " monteclora_config kasa_config velora_config megatron_config".split()
+)
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -126,12 +130,8 @@ def check_fields(source: Source, used: Iterable[str]) -> None:
         if key in known or value is None or value is False or value == [] or value == {} or value == "":
             continue
         ptype = source.config["peft_type"]
-        raise source.fail(
-            f"{ptype} with {key}={value!r} cannot be read here",
-            f"Convert it with PEFT (merge it, or export a plain {ptype}); {did_you_mean(key, known)}"
-            if key.startswith("use_") or key == "layer_replication"
-            else f"The field is unknown. {did_you_mean(key, known)}",
-        )
+        fix = f"Without {key} it could be: merge it with PEFT, or export a plain {ptype}" if key in FEATURES else did_you_mean(key, known)
+        raise source.fail(f"{ptype} with {key}={value!r} cannot be read here, and leaving it out would change the function", fix)
 
 
 INITS = (True, False, None, "gaussian", "orthogonal", "eva")

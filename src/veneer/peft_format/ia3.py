@@ -22,7 +22,7 @@ _KEY = re.compile(r"(?P<path>.+)\.ia3_l")
 def read(source: Source) -> list[Draft]:
     """The plan of an IA3 file: one IA3 on outputs, one on inputs. Takes its tensors out of `source`."""
     inner = source.names("feedforward_modules")
-    whole = source.regex("feedforward_modules", inner[0]) if isinstance(source.config.get("feedforward_modules"), str) else None
+    whole = source.regex("feedforward_modules", inner[0]) if inner and isinstance(source.config["feedforward_modules"], str) else None
     drafts = {on: Draft(IA3(on=on)) for on in ("output", "input")}
     for key in list(source.tensors):
         match = _KEY.fullmatch(key)

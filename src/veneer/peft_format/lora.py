@@ -72,11 +72,11 @@ def _canonical(source: Source, path: str, sites: list[Site], a: Tensor, b: Tenso
     s = sites[0]
     out = s.slice.groups * s.slice.stride if s.slice is not None else s.out
     if s.experts:
-        rank = a.shape[0] // s.experts
-        if a.dim() != 2 or tuple(a.shape) != (rank * s.experts, s.inp) or tuple(b.shape) != (out, rank * s.experts):
+        rank = a.shape[0] // s.experts if a.dim() else 0
+        if not rank or tuple(a.shape) != (rank * s.experts, s.inp) or tuple(b.shape) != (out, rank * s.experts):
             raise _misfit(source, path, a, b, f"{s.experts} experts of {out} x {s.inp}")
         return a.reshape(s.experts, rank, s.inp), b.reshape(out, rank, s.experts).permute(2, 0, 1), rank
-    a, b = (t.flatten(1) if t.dim() else t.reshape(1, 1) for t in (a, b))
+    a, b = (t.flatten(1) if t.dim() > 1 else t.reshape(1, -1) for t in (a, b))
     rank = a.shape[0]
     if not rank or a.shape[1] != s.inp or tuple(b.shape) != (out, rank):
         raise _misfit(source, path, a, b, f"{out} x {s.inp}")
