@@ -88,8 +88,9 @@ def attach(kind: str, method: str):
 @pytest.mark.parametrize(("kind", "method"), list(cases()))
 def test_contract(kind: str, method: str, tmp_path) -> None:
     base, inputs = make(kind)
+    frozen = make(kind)[0].requires_grad_(False)  # torch's own attention rounds otherwise where nothing needs a gradient
     with torch.no_grad():
-        before = output(base, inputs)
+        before, still = output(base, inputs), output(frozen, inputs)
     made = attach(kind, method)
     if made is None:
         return
@@ -101,7 +102,7 @@ def test_contract(kind: str, method: str, tmp_path) -> None:
         if all(m.identity_at_init for m in plan.leaves()):
             close(output(model, inputs), before)
         else:
-            assert not torch.equal(output(model, inputs), before)
+            assert not torch.allclose(output(model, inputs), before, atol=1e-6)
 
     # 2. gradients: all of the adapter's within two steps, none of the base's
     touched = set()
@@ -109,6 +110,7 @@ def test_contract(kind: str, method: str, tmp_path) -> None:
     for _ in range(2):
         optimiser.zero_grad()
         loss(model, inputs).backward()
+        torch.nn.utils.clip_grad_norm_(list(adapter.parameters()), 1.0)
         for n, p in adapter.named_parameters():
             if p.grad is not None and p.grad.abs().sum() > 0:
                 touched.add(n)
@@ -127,9 +129,9 @@ def test_contract(kind: str, method: str, tmp_path) -> None:
     shake(adapter)
     with torch.no_grad():
         after = output(model, inputs)
-        assert not torch.equal(after, before)
+        assert not torch.allclose(after, before, atol=1e-6)
         with vn.disabled(model):
-            assert torch.equal(output(model, inputs), before)
+            assert torch.equal(output(model, inputs), still)
 
         # 3. save, load on a fresh base: the same bits
         vn.save(model, tmp_path / "a", name="a")
@@ -142,7 +144,7 @@ def test_contract(kind: str, method: str, tmp_path) -> None:
             try:
                 vn.merge(model, "a")
             except vn.MergeError as e:
-                assert "tied" in str(e)
+                assert "tied" in str(e) or ("cannot be had" in str(e) and kind in ("wav2vec2", "hubert"))  # weight-normed convolution
             else:
                 torch.testing.assert_close(output(model, inputs), after, atol=1e-4, rtol=1e-3)
                 vn.unmerge(model)
@@ -158,7 +160,13 @@ def test_contract(kind: str, method: str, tmp_path) -> None:
     assert [n for n, _ in model.named_parameters()] == list(own)
     trainable = {n: p.requires_grad for n, p in base.named_parameters()}
     assert all(torch.equal(p, own[n]) and p.requires_grad == trainable[n] for n, p in model.named_parameters())
-    assert all(type(a) is type(b) for a, b in zip(model.modules(), base.modules(), strict=True))
+    assert all(kind_of(a) == kind_of(b) for a, b in zip(model.modules(), base.modules(), strict=True))
+
+
+def kind_of(module):
+    """Its class; torch's parametrisations make one for each module, so those go by their bases."""
+    cls = type(module)
+    return cls.__bases__ if hasattr(module, "parametrizations") else cls
 
 
 def dead(kind: str, name: str) -> bool:

@@ -136,6 +136,8 @@ def _gate(term: Term, site: Site, part: Part, build: Build) -> Gate:
             width = site.out if site.role == "ffn.down" else site.inp
         if site.port == "weight" and site.kind == "conv":
             width = getattr(module, "in_channels", width)
+        if site.enter and site.width:
+            width = site.width
     elif site.kind == "embedding":
         width = site.out
     elif site.port == "kv":

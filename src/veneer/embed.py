@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .code import code_names, own_class
 from .errors import CapabilityError
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
     if x is None:
         return forward(**call)
     batch, length, device = x.shape[0], x.shape[1], x.device
+    before_call = {k for k, v in call.items() if v is not None}
     vectors, real = prompts(host, r.embed, x)
     n = vectors.shape[1]
     keep = min(p.keep for p in r.embed)
     state, before = host.state, host.state.frame
-    if _past(call) > 0:
+    if cache_length(call) > 0:
         _grow(call, "attention_mask", lambda m: _insert(m, real, 0, device))
         for key in ("position_ids", "cache_position"):
             if call.get(key) is not None:
@@ -67,9 +69,12 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
         call["attention_mask"] = _insert(mask, real, keep, device)
         if order is not None:
             call["attention_mask"] = arrange(call["attention_mask"])
+        if "attention_mask" not in before_call and not _makes_mask(host.original):
+            call["attention_mask"] = _additive(call["attention_mask"], x.dtype)
     positions = call.get("position_ids")
     count = real.sum(1, keepdim=True)
-    if positions is not None and positions.dim() == 2 or (ragged and order is None and "position_ids" in names):
+    from_mask = "cumsum" in code_names(host.original)  # OPT counts positions in the mask, blanks left out
+    if positions is not None and positions.dim() == 2 or (ragged and order is None and "position_ids" in names and not from_mask):
         own = positions if positions is not None else torch.arange(length, device=device)[None]
         own = own.expand(batch, -1)
         lead = own[:, :keep]
@@ -94,6 +99,18 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
     if order is not None:  # where the user's tokens went
         back = torch.arange(length, device=device)[None] + torch.where(torch.arange(length, device=device)[None] < keep, 0, count)
     return strip(out, keep, n, length + n, back)
+
+
+def _makes_mask(cls: type) -> bool:
+    """Whether the tower turns a 2-D mask into what its attention takes."""
+    return any("mask" in n and n.startswith(("create_", "_prepare_", "get_", "_update_", "_create_")) for n in code_names(cls))
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A 2-D mask (B, T) as (B, 1, 1, T), zeros where it is 1: for towers that hand their mask on as it comes."""
+    if mask.dim() != 2:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask == 0, torch.finfo(dtype).min)[:, None, None]
 
 
 def _order(real: Tensor, keep: int, length: int) -> Tensor:
@@ -153,7 +170,8 @@ def _embedded(host: Host, site: Any, call: dict[str, Any]) -> Tensor | None:
     return table(ids)
 
 
-def _past(call: dict[str, Any]) -> int:
+def cache_length(call: dict[str, Any]) -> int:
+    """How many positions the cache among the arguments holds; 0 without one."""
     for key in CACHES:
         cache = call.get(key)
         if cache is None:
@@ -245,7 +263,5 @@ def strip(out: Any, keep: int, n: int, total: int, back: Tensor | None = None) -
 
 def signature_of(module: Any) -> inspect.Signature:
     """Of the forward of the module's own class, decorators removed and without self."""
-    host = module.__dict__.get("_veneer_host")
-    forward = inspect.unwrap((type(module) if host is None else host.original).forward)
-    sig = inspect.signature(forward)
+    sig = inspect.signature(inspect.unwrap(own_class(module).forward))  # type: ignore[attr-defined]
     return sig.replace(parameters=list(sig.parameters.values())[1:])

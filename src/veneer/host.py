@@ -7,6 +7,7 @@ module itself (with tensor parts in place of the base's tensors), output parts s
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .compose.gate import shape_like
-from .errors import AdapterError
+from .errors import AdapterError, CapabilityError
 from .ops.maps import place, take
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ class Routing:
         self.size = len(self.by_row)
         self.names = tuple(dict.fromkeys(n for row in self.by_row for n in row))
         self._rows: dict[tuple[str, int, Any], Tensor | None] = {}
+        self._of: dict[str, Routing] = {}
+
+    def of(self, name: str) -> Routing:
+        """The routing of the rows that use `name`, when they are run by themselves."""
+        if name not in self._of:
+            self._of[name] = Routing(names for names in self.by_row if name in names)
+        return self._of[name]
 
     def rows(self, name: str, n: int, device: Any) -> Tensor | None:
         """Row numbers of `name` in a tensor whose batch dimension has n entries (rows times beams, windows, tokens)."""
@@ -52,12 +60,14 @@ class Routing:
 
 @dataclass(frozen=True)
 class Frame:
-    """What holds for one call of the model: routing, the 2-D attention mask, batch size, and sums kept with a cache."""
+    """What holds for one call of the model: routing, the 2-D attention mask, batch size, whether there is a cache and
+    how much is in it, and sums kept with it."""
 
     routing: Routing | None = None
     mask: Tensor | None = None
     batch: int = 0
     cached: bool = False
+    past: int = 0
     memo: dict[Any, Tensor] | None = None
 
 
@@ -117,6 +127,7 @@ class Host:
         self.captures: list[tuple[Part, Cell]] = []
         self.recipe: Recipe | None = None
         self.now: dict[str, list[Part]] = {}  # tensor parts in force when the tensor is read
+        self.reading = False  # whether tensors are read in this module's call that parts may replace
         self.batch_dim = 0
         self.signature: inspect.Signature | None = None
         self.attention: Any = None  # how the module makes its attention call, where it has kv parts
@@ -128,6 +139,7 @@ class Host:
     # -- recipes ------------------------------------------------------------------------------------------------------
     def refresh(self) -> None:
         self._routed.clear()
+        self.reading = any(p.acts == "tensor" for p in self.parts)
         self.recipe = self.make(self.state.active)
         self.now = {tensor: [p for p in parts if p.adapter in self.state.active and not _needs_call(p)] for tensor, parts in self.owned.items()}
 
@@ -175,8 +187,8 @@ class Host:
                 self._routed[routing.names] = self.make(routing.names, routed=True)
             r = self._routed[routing.names]
         if r is None:
-            if routing is not None and self.owned:
-                return self._with_now({}, forward, args, kwargs)
+            if routing is not None and self.reading:
+                return self._with_now([], forward, args, kwargs)
             return forward(*args, **kwargs)
         return self.apply(r, forward, args, kwargs)
 
@@ -191,14 +203,19 @@ class Host:
             cell.x = x
         if r.inputs:
             args, kwargs = _replace_first(args, kwargs, self._inward(r.inputs, x, frame))
+        call = forward
         if r.kv:
             from .attention import run_attention
 
-            y = run_attention(self, r.kv, forward, args, kwargs)
-        elif r.tensors or (frame.routing is not None and self.owned):
-            y = self._tensors(r.tensors, x, forward, args, kwargs, frame)
+            def call(*a: Any, **k: Any) -> Any:
+                for cell in r.captures:
+                    cell.x = _first(a, k)
+                return run_attention(self, r.kv, forward, a, k)
+
+        if r.tensors or (frame.routing is not None and self.reading):
+            y = self._tensors(r.tensors, x, call, args, kwargs, frame)
         else:
-            y = forward(*args, **kwargs)
+            y = call(*args, **kwargs)
         if r.outputs:
             first = y if isinstance(y, Tensor) else y[0]
             for stage in r.outputs:
@@ -234,7 +251,7 @@ class Host:
             n = frame.routing.size if n == 1 else n
             # positions and the like come once for all rows
             total, x, y = (t.expand(*t.shape[:dim], n, *t.shape[dim + 1 :]) if t.shape[dim] == 1 else t for t in (total, x, y))
-            rows = frame.routing.rows(part.adapter, n, total.device)
+            rows = self._rows(part, n, total.device, frame)
             if rows is not None:
                 if rows.numel() == 0:
                     return total
@@ -246,17 +263,18 @@ class Host:
         out_dim = part.map.out_dim if part.site.port == "weight" else -1
         d = rule(x, take(y, s, out_dim))
         if part.gate is not None:
-            d = d * self._gate(part, x, d, frame, mask, folds(total.shape[dim], frame))
+            width_last = not (part.site.port == "weight" and part.map.out_dim == 1)
+            d = d * self._gate(part, x, d, frame, mask, folds(total.shape[dim], frame), width_last)
         d = place(d, s, out_dim).to(total.dtype)
         return total + d if rows is None else total.index_add(dim, rows, d)
 
-    def _gate(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None, fold: int) -> Tensor:
+    def _gate(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None, fold: int, width_last: bool = True) -> Tensor:
         """The gate of `part` for input x, shaped to multiply d."""
         g = gate_of(part, x if x.is_floating_point() else d, frame, mask, self.batch_dim, fold)
         if self.batch_dim == 1:
             g = shape_like(g, d.transpose(0, 1))
             return g.transpose(0, 1) if g.dim() > 1 else g
-        return shape_like(g, d, width_last=not (part.site.port == "weight" and part.map.out_dim == 1))
+        return shape_like(g, d, width_last=width_last)
 
     # -- tensors ------------------------------------------------------------------------------------------------------
     def tensor(self, name: str, p: Tensor) -> Tensor:
@@ -274,16 +292,16 @@ class Host:
             total = total + (v - p)
         return total
 
-    def _with_now(self, now: dict[str, list[Part]], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _with_now(self, now: list[Part], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The module's call with the tensor parts `now` in force, and no others of those that it reads."""
         owners = {id(p.owner): p.owner for p in self.parts if p.acts == "tensor"}
         owners.setdefault(id(self), self)
         before = [(o, o.now) for o in owners.values()]
         try:
             for o in owners.values():
                 o.now = {}
-            for name, parts in now.items():
-                for p in parts:
-                    p.owner.now.setdefault(name, []).append(p)
+            for p in now:
+                p.owner.now.setdefault(p.site.tensor, []).append(p)
             return forward(*args, **kwargs)
         finally:
             for o, b in before:
@@ -291,50 +309,99 @@ class Host:
 
     def _tensors(self, parts: list[Part], x: Tensor, forward: Callable[..., Any], args: Any, kwargs: Any, frame: Frame) -> Any:
         """Parts whose gate or rows vary within the batch: y + g · (f(x; p') - f(x; p)), in their rows."""
-        routed = frame.routing is not None
-        y = self._with_now({}, forward, args, kwargs) if routed else forward(*args, **kwargs)
-        plain = {} if routed else {t: [p for p in ps if not _needs_call(p)] for t, ps in self.owned.items()}
-        first = y if isinstance(y, Tensor) else y[0]
-        dim, n, total = self.batch_dim, first.shape[self.batch_dim], first
+        routing = frame.routing
+        plain = [p for p in self.parts if p.acts == "tensor" and p.adapter in self.state.active and not _needs_call(p)]
+        plain = [] if routing is not None else plain
+        dim, n = self.batch_dim, x.shape[self.batch_dim]
         groups: dict[Any, list[Part]] = {}
-        for part in parts:  # ungated parts of one adapter go through the module together
-            groups.setdefault((part.adapter, id(part) if part.gate is not None else 0), []).append(part)
-        for (adapter, _), members in groups.items():
-            rows = frame.routing.rows(adapter, n, first.device) if frame.routing is not None else None
+        for part in parts:  # what does not vary within an adapter's rows goes through the module together
+            groups.setdefault((part.adapter, id(part) if _needs_call(part) else 0), []).append(part)
+        changed = []
+        for (adapter, varies), members in groups.items():
+            rows = self._rows(members[0], n, x.device, frame)
             if rows is not None and rows.numel() == 0:
                 continue
-            a, k, mask = args, kwargs, frame.mask
-            base = first
-            if rows is not None:
-                a, k = _select((args, kwargs), n, dim, rows)
-                base = first.index_select(dim, rows)
-                if mask is not None and frame.routing is not None:
-                    own = frame.routing.rows(adapter, mask.shape[0], mask.device)
-                    mask = mask if own is None else mask.index_select(0, own)
-            now = {t: list(ps) for t, ps in plain.items()}
-            gate = members[0].gate
-            for p in members:
-                now.setdefault(p.site.tensor, []).append(p)
-                p.gate = None
+            a = _with_own_caches((args, kwargs), frame)
+            # what runs a second time must not count twice in the running means of the gates within
+            own = replace(frame, memo=None if frame.memo is None else dict(frame.memo))
+            if rows is not None and routing is not None:
+                a = _select(a, n, dim, rows)
+                sub = routing.of(adapter)
+                mask = frame.mask
+                if mask is not None:
+                    mask = mask.index_select(0, routing.rows(adapter, mask.shape[0], mask.device))
+                own = replace(own, routing=sub, mask=mask, batch=frame.batch * sub.size // routing.size)
+            a, k = a
+            now = plain + members
+            gate = members[0].gate if varies else None
+            if varies:
+                members[0].gate = None
             try:
+                self.state.frame = own
                 out = self._with_now(now, forward, a, k)
             finally:
-                for p in members:
-                    p.gate = gate
-            d = (out if isinstance(out, Tensor) else out[0]) - base
-            if gate is not None:
-                xs = x.index_select(dim, rows) if rows is not None and x.shape[dim] == n else x
-                d = d * self._gate_plain(members[0], xs, d, frame, mask, folds(n, frame))
+                self.state.frame = frame
+                if varies:
+                    members[0].gate = gate
+            xs = x.index_select(dim, rows) if rows is not None else x
+            changed.append((members[0], xs, out if isinstance(out, Tensor) else out[0], own.mask))
+        # the base comes last: what it leaves in a cache is what stays there
+        y = self._with_now([], forward, args, kwargs) if routing is not None else forward(*args, **kwargs)
+        first = y if isinstance(y, Tensor) else y[0]
+        if routing is not None and first.shape[dim] == 1:  # positions and the like come once for all rows
+            first = first.expand(*first.shape[:dim], n, *first.shape[dim + 1 :])
+        total = first
+        for part, xs, out, mask in changed:
+            rows = self._rows(part, first.shape[dim], first.device, frame)
+            d = out - (first if rows is None else first.index_select(dim, rows))
+            if _needs_call(part):
+                g = self._gate(part, xs, d, frame, mask, folds(n, frame), width_last=part.gate.per != "token" or d.dim() <= 3)
+                d = d * g
             total = total + d if rows is None else total.index_add(dim, rows, d.to(total.dtype))
         return total if isinstance(y, Tensor) else type(y)((total, *y[1:]))
 
-    def _gate_plain(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None, fold: int) -> Tensor:
-        g = gate_of(part, x if x.is_floating_point() else d, frame, mask, self.batch_dim, fold)
-        if self.batch_dim == 1:
-            g = shape_like(g, d.transpose(0, 1))
-            return g.transpose(0, 1) if g.dim() > 1 else g
-        tokens = g.dim() == 2 and d.dim() > 3
-        return shape_like(g, d, width_last=not tokens)
+    def _rows(self, part: Part, n: int, device: Any, frame: Frame) -> Tensor | None:
+        """The rows of a batch of n that use the part; None for all. Raises: CapabilityError where rows share a state."""
+        if frame.routing is None:
+            return None
+        if n % frame.routing.size and frame.batch and frame.batch % frame.routing.size == 0:
+            raise shared_by_rows(part)
+        return frame.routing.rows(part.adapter, n, device)
+
+
+def shared_by_rows(part: Part) -> CapabilityError:
+    return CapabilityError(
+        f"{part.method_name} at {part.site.path!r} acts on a state that all rows of the batch share, so rows cannot use different adapters there",
+        fix="Leave that module out of the plan (at='…,!name:…'), or call the model once for each adapter",
+    )
+
+
+def _with_own_caches(value: Any, frame: Frame) -> Any:
+    """`value` with a cache of its own for each in it, to run a module a second time.
+
+    Raises: CapabilityError where a cache is not empty: its state is one adapter's, and the others' is not known.
+    """
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(_with_own_caches(v, frame) for v in value)
+    if isinstance(value, dict):
+        return {k: _with_own_caches(v, frame) for k, v in value.items()}
+    if not hasattr(value, "get_seq_length"):
+        return value
+    if frame.past:
+        raise CapabilityError(
+            "a tensor that changes from row to row is read by a module with a recurrent state, which cannot be continued from a cache",
+            fix="Generate with use_cache=False, or leave the mixers out of the plan",
+        )
+    own = copy.copy(value)
+    if isinstance(getattr(own, "layers", None), list):
+        own.layers = [_own(copy.copy(layer)) for layer in own.layers]
+    return own
+
+
+def _own(layer: Any) -> Any:
+    """A cache's layer whose lists and dicts of states are its own."""
+    vars(layer).update({k: copy.copy(v) for k, v in vars(layer).items() if isinstance(v, (dict, list))})
+    return layer
 
 
 def _needs_call(part: Part) -> bool:
@@ -438,12 +505,17 @@ class FrameMixin:
             if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
                 frame = replace(frame, mask=mask)
         cache = next((given[k] for k in ("cache", "past_key_values", "cache_params") if given.get(k) is not None), None)
+        past = before.past
+        if cache is not None:
+            from .embed import cache_length
+
+            past = cache_length(given)
         memo = frame.memo
         if cache is not None and hasattr(cache, "__dict__"):
             memo = cache.__dict__.setdefault("_veneer_memo", {})
         elif memo is None and not torch.is_grad_enabled():
             memo = {}
-        state.frame = replace(frame, cached=cache is not None, memo=memo)
+        state.frame = replace(frame, cached=cache is not None, past=past, memo=memo)
         try:
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from . import families as F
-from .roles import Attention, Feed, Mixer, attentions, code_names, expert_block, feeds, head_sizes, mixer_of
+from .code import code_names, reads
+from .roles import Attention, Feed, Mixer, attentions, expert_block, feeds, head_sizes, mixer_of
 from .sites import PORTS, Site
 from .structure import HIDDEN, Layer, Node, beside, is_mha, layer_roots, subtree, tree, words
 
@@ -273,8 +274,25 @@ class Resolved:
         }  # fmt: skip
 
     def _read_by(self, node: Node) -> str:
-        """The module that reads the parameters of `node` in its place: a MultiheadAttention, those of its out_proj."""
-        return node.parent.path if node.parent is not None and is_mha(node.parent) else ""
+        """The module that computes with the parameters of `node` in its place: a MultiheadAttention with those of its
+        out_proj, Mamba's mixer with those of its convolution; '' where `node` does so itself."""
+        parent = node.parent
+        return parent.path if parent is not None and (is_mha(parent) or node.name in reads(parent.cls)) else ""
+
+    def _judged_by(self, node: Node) -> str:
+        """As `_read_by`, where the tensor's effect must be a state: a router gives scores and numbers of experts, so
+        what it does is seen in the output of its block."""
+        if _in_router(node):
+            inner = next(n for n in node.up() if n.parent is not None and n.name.lower() in F.ROUTER)
+            return inner.parent.path if inner.parent is not None else ""
+        return self._read_by(node)
+
+    def _entering(self, node: Node, path: str) -> int:
+        """Channels of what enters the module at `path`, which reads the parameters of `node`; 0 where it is `node`."""
+        if not path:
+            return 0
+        layer = self.layer_of.get(self.at[path])
+        return layer.width if layer is not None else 0
 
     def batch_dim(self, node: Node) -> int:
         """1 in torch's own transformer layers and attention where their batch comes second."""
@@ -293,7 +311,7 @@ class Resolved:
                 role = "head" if n in self.head else m.role
                 common = dict(
                     path=n.path, port="weight", kind=m.kind, tensor=m.tensor, inp=m.inp, experts=m.experts,
-                    transposed=m.transposed, enter=self._read_by(n), **self._place(n),
+                    transposed=m.transposed, enter=(reader := self._read_by(n)), width=self._entering(n, reader), **self._place(n),
                 )  # fmt: skip
                 if m.parts and n not in self.head:
                     found += [Site(role=r, out=s.size, slice=s, **common) for r, s in m.parts]
@@ -318,7 +336,8 @@ class Resolved:
                 # a tied tensor stands where maps use it; a second name for it that no map uses is left out
                 if len(several) > 1 and not n.maps and any(o.maps for o in several):
                     continue
-                found.append(Site(path=n.path, port="param", role=role, tensor=name, shape=tuple(p.shape), enter=self._read_by(n), **self._place(n)))
+                place = {"enter": (reader := self._judged_by(n)), "width": self._entering(n, reader), **self._place(n)}
+                found.append(Site(path=n.path, port="param", role=role, tensor=name, shape=tuple(p.shape), **place))
         return found
 
     def _param_role(self, n: Node, mixed: set[Node]) -> str:
@@ -347,9 +366,7 @@ class Resolved:
             if is_mha(a.owner):
                 add("cross" if a.cross else "attn", a.owner, a.owner, a.owner.module.embed_dim, a.owner)  # type: ignore[arg-type]
             elif a.o is not None:
-                enter = a.q.node
-                if words(a.q.name) == "q_b":  # the block's input enters the low-rank map before it
-                    enter = next((m.node for m in a.owner.own() if words(m.name) == "q_a"), enter)
+                enter = _enter(a)
                 add("cross" if a.cross else "attn", enter, a.o.node, a.o.out, a.owner)
         for mixer in self.mixers:
             add("mixer", mixer.enter.node, mixer.out.node, mixer.out.out, mixer.owner)
@@ -374,7 +391,7 @@ class Resolved:
             wide = a.owner.get("v_head_dim")
             if not heads or not dim or (wide and wide != dim) or a.owner.get("qk_nope_head_dim"):
                 continue
-            enter = caller if via == "mha" else a.q.node
+            enter = caller if via == "mha" else _enter(a)
             found.append(
                 Site(
                     path=caller.path, port="kv", role="cross" if a.cross else "attn", enter=enter.path, heads=heads, head_dim=dim,
@@ -448,6 +465,14 @@ class Resolved:
                 return n, first
             return None, ""
         return None, ""
+
+
+def _enter(a: Attention) -> Node:
+    """The map that the block's input enters: v, which sees it once and without positions (DeBERTa gives q and k its
+    relative positions too); q where v sees something else."""
+    if words(a.q.name) == "q_b":  # low-rank queries: the map before them
+        return next((m.node for m in a.owner.own() if words(m.name) == "q_a"), a.q.node)
+    return a.v.node if not a.cross and a.v.inp == a.q.inp and a.v is not a.k else a.q.node
 
 
 def _in_router(n: Node) -> bool:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
 from . import families as F
+from .code import code_names
 from .sites import Slice
 from .structure import Map, Node, is_mha, subtree, words
 
@@ -165,33 +164,6 @@ def _attends(n: Node) -> bool:
     if any(isinstance(c.module, nn.Softmax) for c in n.children):
         return True
     return any(EVIDENCE.search(name) for name in code_names(n.cls))
-
-
-@lru_cache(maxsize=1024)
-def code_names(cls: type) -> frozenset[str]:
-    """Every name that the forward of `cls` uses, and the methods of the class that it calls."""
-    names: set[str] = set()
-    seen: set[str] = set()
-    todo = ["forward"]
-    while todo:
-        method = todo.pop()
-        if method in seen:
-            continue
-        seen.add(method)
-        fn = inspect.unwrap(getattr(cls, method))
-        code = getattr(getattr(fn, "__func__", fn), "__code__", None)
-        if code is None:
-            continue
-        stack = [code]
-        while stack:
-            c = stack.pop()
-            names.update(c.co_names)
-            stack += [k for k in c.co_consts if hasattr(k, "co_names")]
-            if any(isinstance(k, tuple) and "is_causal" in k for k in c.co_consts) and True in c.co_consts:
-                names.add("is_causal=True")
-        own = {k for k in c.co_names if not k.startswith("__")}
-        todo += [k for k in own if callable(getattr(cls, k, None)) and not hasattr(nn.Module, k)]
-    return frozenset(names)
 
 
 def _is_cross(a: Attention) -> bool:

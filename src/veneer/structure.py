@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import families as F
+from .code import own_class
 
 HIDDEN = "_veneer"
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -104,8 +105,7 @@ def tree(model: nn.Module) -> list[Node]:
 
     def visit(path: str, name: str, module: nn.Module, parent: Node | None) -> None:
         seen.add(id(module))
-        cls = next(c for c in type(module).__mro__ if "_veneer_generated" not in c.__dict__)
-        node = Node(path, name, module, cls, parent, len(nodes))
+        node = Node(path, name, module, own_class(module), parent, len(nodes))
         nodes.append(node)
         if parent is not None:
             parent.children.append(node)

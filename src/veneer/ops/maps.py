@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..code import own_class
 from ..sites import Site, Slice
 
 
@@ -46,7 +47,7 @@ class Map:
     def __init__(self, site: Site, module: Any) -> None:
         self.slice = site.slice
         # the weight is read by other code than this module's own call y = Wx + b
-        self.read_by_others = site.kind in ("tensor", "experts")
+        self.read_by_others = site.kind in ("tensor", "experts") or bool(site.enter)
         self.out, self.inp, self.experts = site.out, site.inp, site.experts
 
     def apply(self, x: Tensor, w: Tensor) -> Tensor:
@@ -134,11 +135,8 @@ class Embedding(Map):
         # Embeddings that scale their output (Gemma) scale the deviation too; it may be a tensor buffer there
         scale = getattr(module, "embed_scale", None)
         self.scale = float(scale) if scale is not None and not getattr(scale, "is_meta", False) else 1.0
-        forward = getattr(type(module), "forward", None)
         # tables of positions and the like, which are called with something else than ids
-        self.read_by_others = scale is None and forward is not torch.nn.Embedding.forward and not hasattr(module, "_veneer_host")
-        if hasattr(module, "_veneer_host"):
-            self.read_by_others = scale is None and module._veneer_host.original.forward is not torch.nn.Embedding.forward
+        self.read_by_others |= scale is None and own_class(module).forward is not torch.nn.Embedding.forward  # type: ignore[attr-defined]
 
     def apply(self, x: Tensor, w: Tensor) -> Tensor:
         return F.embedding(x, w.t()) * self.scale if self.scale != 1.0 else F.embedding(x, w.t())
