@@ -34,6 +34,8 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
     x = _embedded(host, site, call)
     if x is None:
         return forward(**call)
+    if site.batch_dim == 1:
+        x = x.transpose(0, 1)
     batch, length, device = x.shape[0], x.shape[1], x.device
     before_call = {k for k, v in call.items() if v is not None}
     vectors, real = prompts(host, r.embed, x)
@@ -55,7 +57,12 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
             return t
         return t.gather(1, order.reshape(*order.shape, *[1] * (t.dim() - 2)).expand(-1, -1, *t.shape[2:]))
 
-    call[site.argument] = arrange(torch.cat([x[:, :keep], vectors, x[:, keep:]], 1))
+    wide = arrange(torch.cat([x[:, :keep], vectors, x[:, keep:]], 1))
+    call[site.argument] = wide.transpose(0, 1) if site.batch_dim == 1 else wide
+    for key in ("mask", "src_mask"):  # torch's own encoders
+        if call.get(key) is not None:
+            raise CapabilityError(f"a prompt does not know how to widen the argument {key!r}", fix="Give src_key_padding_mask, or no mask")
+    _grow(call, "src_key_padding_mask", lambda m: torch.cat([m[:, :keep], m.new_zeros(batch, n), m[:, keep:]], 1))
     ids = next((k for k in ("input_ids",) if k in call), None)
     if ids is not None:
         call[ids] = None
@@ -98,6 +105,8 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
     back = None
     if order is not None:  # where the user's tokens went
         back = torch.arange(length, device=device)[None] + torch.where(torch.arange(length, device=device)[None] < keep, 0, count)
+    if site.batch_dim == 1:
+        return strip(out.transpose(0, 1), keep, n, length + n, back).transpose(0, 1)
     return strip(out, keep, n, length + n, back)
 
 

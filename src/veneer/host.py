@@ -108,6 +108,7 @@ class State:
         self.merged: Any = None
         self.routable = False
         self.trainable: dict[str, bool] = {}
+        self.widened: Any = None  # a part whose state came once for all rows of a routed batch
         self.undo: list[Callable[[], None]] = []
 
     def refresh(self) -> None:
@@ -250,6 +251,8 @@ class Host:
             n = total.shape[dim]
             n = frame.routing.size if n == 1 else n
             # positions and the like come once for all rows
+            if total.shape[dim] == 1 < n:
+                self.state.widened = part
             total, x, y = (t.expand(*t.shape[:dim], n, *t.shape[dim + 1 :]) if t.shape[dim] == 1 else t for t in (total, x, y))
             rows = self._rows(part, n, total.device, frame)
             if rows is not None:
@@ -516,8 +519,14 @@ class FrameMixin:
         elif memo is None and not torch.is_grad_enabled():
             memo = {}
         state.frame = replace(frame, cached=cache is not None, past=past, memo=memo)
+        if before.routing is not None and not before.batch:
+            state.widened = None
         try:
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        except RuntimeError as e:
+            if state.widened is None:
+                raise
+            raise shared_by_rows(state.widened) from e
         finally:
             state.frame = before
         if memo:
