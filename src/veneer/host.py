@@ -267,7 +267,7 @@ class Host:
         d = rule(x, take(y, s, out_dim))
         if part.gate is not None:
             width_last = not (part.site.port == "weight" and part.map.out_dim == 1)
-            d = d * self._gate(part, x, d, frame, mask, folds(total.shape[dim], frame), width_last)
+            d = d * self._gate(part, y if part.reads_state else x, d, frame, mask, folds(total.shape[dim], frame), width_last)
         d = place(d, s, out_dim).to(total.dtype)
         return total + d if rows is None else total.index_add(dim, rows, d)
 

@@ -144,8 +144,9 @@ def gated(plan: Plan, *, per: str = "example", gate: str = "deviation", bias: fl
 
         h' = h + g · δ(x, h),   g = mean over real tokens of sigmoid((w·x + b) / temperature)
 
-    for each method, layer and module, with x (B, T, d) the input of the submodule that the method modifies, w (d) from
-    zero and b from `bias` (0, so g = 0.5 at the start). Padding does not count in the mean (in the paper's code it
+    for each method, layer and module, with x (B, T, d) what the method itself reads, as in the paper's code (the input
+    of the map or the attention; for a sequential bottleneck the state that leaves its block), w (d) from zero and b
+    from `bias` (0, so g = 0.5 at the start). Padding does not count in the mean (in the paper's code it
     does). In a causal tower the mean runs over the tokens so far, so that no token sees a later one and a key/value
     cache changes nothing. Under a gate LoRA's alpha/r is 1, as in the paper.
 

@@ -97,6 +97,7 @@ class BottleneckPart(OutputPart):
         self.norm = nn.LayerNorm(d, **new) if m.norm else None
         self.scale = nn.Parameter(torch.ones((), **new)) if m.scale == "learnt" else float(m.scale)
         self.parallel, self.activation, self.dropout = m.parallel, ACTIVATIONS[m.activation], m.dropout
+        self.reads_state = not m.parallel
 
     def deviation(self, x: Tensor, h: Tensor) -> Tensor:
         z = x if self.parallel else h

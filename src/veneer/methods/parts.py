@@ -41,6 +41,7 @@ class Part(nn.Module):
 
     acts: ClassVar[str] = ""
     replaces: ClassVar[bool] = False
+    reads_state: bool = False  # its own input, and so its gate's, is the state h that leaves the block, and not x
     gate: Gate | None
     cell: Any
     owner: Any
