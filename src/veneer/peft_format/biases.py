@@ -37,7 +37,7 @@ def read(source: Source) -> list[Draft]:
         if match is None or f"{match['path']}.weight" in source.tensors or any(match["path"].endswith(n) for n in saved):
             continue  # of a whole module
         value, path = source.tensors.pop(key), match["path"]
-        sites = sites_at(source.model, source.sites, path, "param", source.where)
+        sites = sites_at(source, path, "param")
         site = next((s for s in sites if s.tensor == "bias"), None)
         if site is None or site.shape != tuple(value.shape):
             raise source.fail(f"{path!r} has no bias of shape {list(value.shape)}", "The adapter is for another base")

@@ -65,6 +65,11 @@ class Source:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     where: str
+    by_path: dict[tuple[str, str], list[Site]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for s in self.sites:
+            self.by_path.setdefault((s.port, s.path), []).append(s)
 
     def fail(self, what: str, fix: str = "") -> StoreError:
         return StoreError(what, where=self.where, fix=fix)

@@ -29,7 +29,7 @@ def read(source: Source) -> list[Draft]:
         if match is None:
             continue
         path, value = match["path"], source.tensors.pop(key)
-        sites = sites_at(source.model, source.sites, path, "weight", source.where)
+        sites = sites_at(source, path, "weight")
         inward = whole is not None and whole.fullmatch(path) is not None or any(path == m or path.endswith("." + m) for m in inner)
         s = sites[0]
         if s.experts or s.kind in ("embedding", "tensor"):

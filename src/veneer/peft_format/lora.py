@@ -36,7 +36,7 @@ def read(source: Source) -> list[Draft]:
     for (path, depth), pair in found.items():
         if set(pair) != {"A", "B"}:
             raise source.fail(f"{path!r} has lora_{min(pair)} alone", "The file is not whole; take another copy")
-        sites = sites_at(source.model, source.sites, path, "weight", source.where)
+        sites = sites_at(source, path, "weight")
         tensor = _parameter(source, path, depth, found)
         sites = [s for s in sites if tensor is None or s.tensor == tensor]
         if not sites:
@@ -57,13 +57,15 @@ def read(source: Source) -> list[Draft]:
 def _parameter(source: Source, path: str, depth: int, found: dict[tuple[str, int], Any]) -> str | None:
     """Which parameter of an expert module the wrapper at `depth` adapts; PEFT nests them in the module's own order."""
     listed = source.names("target_parameters")
-    depths = sorted((d for p, d in found if p == path), reverse=True)
+    depths = [d for d in range(9, -1, -1) if (path, d) in found]
     own = source.model.get_submodule(path)._parameters
     names = [n for n in own if any(f"{path}.{n}" == t or f"{path}.{n}".endswith(f".{t}") for t in listed)]
     if not names and depths == [0]:
         return None
     if len(names) != len(depths):
         raise source.fail(f"{path!r} has tensors for {len(depths)} parameters, and target_parameters names {len(names)} there: {names}")
+    if depth not in depths:
+        raise source.fail(f"{path!r} is wrapped {depth} times")
     return names[depths.index(depth)]
 
 

@@ -10,26 +10,27 @@ from torch import nn
 from ..errors import StoreError, did_you_mean
 from ..methods.parts import module_at
 from ..sites import Site, select
+from .config import Source
 
 
-def sites_at(model: nn.Module, sites: list[Site], path: str, port: str, where: str) -> list[Site]:
+def sites_at(source: Source, path: str, port: str) -> list[Site]:
     """The sites of `port` at the module `path`: one, or the slices of a fused map.
 
     Raises: StoreError where the model has no such module, or the module no such port.
     """
-    found = [s for s in sites if s.port == port and s.path == path]
+    found = source.by_path.get((port, path))
     if found:
         return found
-    paths = [s.path for s in sites if s.port == port]
+    paths = [p for q, p in source.by_path if q == port]
     try:
-        module = module_at(model, path)
+        module = module_at(source.model, path)
     except AttributeError:
-        raise StoreError(f"the adapter is for another base: there is no module {path!r} here", where=where, fix=did_you_mean(path, paths)) from None
+        raise source.fail(f"the adapter is for another base: there is no module {path!r} here", did_you_mean(path, paths)) from None
     # a module that is used at several places stands at the first
-    same = [s for s in sites if s.port == port and module_at(model, s.path) is module]
-    if not same:
-        raise StoreError(f"{path!r} is a {type(module).__name__}, which has no {port} to adapt here", where=where, fix=did_you_mean(path, paths))
-    return same
+    same = next((p for p in paths if module_at(source.model, p) is module), None)
+    if same is None:
+        raise source.fail(f"{path!r} is a {type(module).__name__}, which has no {port} to adapt here", did_you_mean(path, paths))
+    return source.by_path[port, same]
 
 
 def pattern(sites: Iterable[Site], wanted: list[Site], where: str = "") -> str:
@@ -93,10 +94,13 @@ def short_names(model: nn.Module, paths: Iterable[str], *, dotted: bool = True) 
         return path == tail or path.endswith("." + tail if dotted else tail)
 
     out: dict[str, None] = {}
+    others: dict[str, list[str]] = {}
     for path in sorted(wanted):
         parts = path.split(".")
-        leaves = [parts[-1]] if dotted else [leaf for leaf in by_leaf if leaf.endswith(parts[-1])]
-        rivals = [p for leaf in leaves for p in by_leaf[leaf] if p not in wanted]
+        if parts[-1] not in others:
+            leaves = [parts[-1]] if dotted else [leaf for leaf in by_leaf if leaf.endswith(parts[-1])]
+            others[parts[-1]] = [p for leaf in leaves for p in by_leaf[leaf] if p not in wanted]
+        rivals = others[parts[-1]]
         for i in range(len(parts) - 1, -1, -1):
             tail = ".".join(parts[i:])
             if not any(ends(r, tail) for r in rivals):

@@ -53,7 +53,7 @@ def _full(source: Source, found: dict[str, dict[str, Tensor]]) -> list[Draft]:
         return []
     values = {}
     for path, tensors in found.items():
-        sites = sites_at(source.model, source.sites, path, "param", source.where)
+        sites = sites_at(source, path, "param")
         own = {s.tensor: s for s in sites}
         for name, value in tensors.items():
             if name not in own:
