@@ -123,6 +123,15 @@ def test_positions_of_a_prefix() -> None:
         same(generated(model, ids, True), generated(model, ids, False))
 
 
+def test_two_tables_of_positions() -> None:
+    model = ZOO["gpt2"].build()
+    for name in ("a", "b"):
+        vn.attach(model, vn.Prefix(3, positions=True), name=name)
+    vn.activate(model, ["a", "b"])
+    with pytest.raises(vn.CapabilityError, match="table at 'transformer.wpe'.*one of them at a time"):
+        logits(model, ZOO["gpt2"].inputs(2, 7))
+
+
 def generated(model: Any, ids: Tensor, cached: bool) -> Tensor:
     return quietly(model.generate, ids, max_new_tokens=4, do_sample=False, use_cache=cached, pad_token_id=0).float()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import CapabilityError
 from ..ops.positions import rotation, tables
 from ..sites import Site
 from .base import Build, Method
@@ -141,4 +142,9 @@ class ShiftPart(TensorPart):
         self.n = n
 
     def value(self, p: Tensor) -> Tensor:
+        if self.owner is not None and len(self.owner.now.get(self.site.tensor, ())) > 1:
+            raise CapabilityError(
+                f"a prefix with positions moves the table at {self.site.path!r}, which another active method changes too",
+                fix="Activate one of them at a time",
+            )
         return p[self.n :]
