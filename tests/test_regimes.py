@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_contract import METHODS, attach, close, make, shake
-from zoo import loss, output
 
 import veneer as vn
+from test_contract import METHODS, attach, close, make, shake
+from zoo import loss, output
 
 SOME = ("lora", "ia3", "bitfit", "bottleneck", "parallel", "prefix", "prompt", "gated-lora", "gated-token", "gated-bitfit", "unipelt")
 DECODERS = ("llama", "gpt2", "gemma3", "gpt_neox", "mamba")

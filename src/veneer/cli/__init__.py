@@ -1,0 +1,32 @@
+"""The command line: `veneer VERB …`, one file a verb. `veneer --help` imports no torch."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ..errors import VeneerError
+from . import demo, inspect, methods, predict, train
+
+app = typer.Typer(
+    name="veneer",
+    help="Parameter-efficient fine-tuning: every family as one idea, gated, settled, merged.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in (train, inspect, methods, demo, predict):
+    app.command(verb.NAME)(verb.command)
+
+
+def main() -> None:
+    """The entry point: an error that a user can mend is one line and exit code 2, Ctrl-C is 130."""
+    try:
+        app()
+    except VeneerError as e:
+        print(f"veneer: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nveneer: stopped. The last checkpoint is kept; the same command goes on from it.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,38 @@
+"""`veneer train`: a run from a configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+NAME = "train"
+
+
+def command(
+    config: Annotated[str, typer.Argument(help="A YAML configuration; examples/ has some.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Changes, as learning_rate=1e-3 or data.limit=500.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, attach and show what would be trained; write nothing.")] = False,
+) -> None:
+    """Train the plan of CONFIG on its data. The same command goes on from the last checkpoint."""
+    from rich.console import Console
+
+    from ..train.config import load_config
+
+    settings = load_config(config, overrides)
+    from ..summary import summary
+    from ..train.run import prepare, run
+
+    console = Console()
+    if dry_run:
+        from ..train.rates import rate_of
+
+        p = prepare(settings)
+        console.print(str(summary(p.model)), highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{len(p.train)} training rows, {len(p.evaluation)} evaluation rows, labels: {', '.join(p.labels) or '-'}", markup=False)
+        console.print(f"learning rate {settings.learning_rate or rate_of(p.plan)}; would write {settings.output}", markup=False)
+        return
+    result = run(settings)
+    found = ", ".join(f"{k} {v:.4f}" for k, v in result.metrics.items())
+    console.print(f"{found}; {result.trainable:,} trainable parameters ({100 * result.share:.3f}% of the base) in {result.seconds:.0f} s", markup=False)
+    console.print(f'veneer predict {result.output} "…"', markup=False, soft_wrap=True)

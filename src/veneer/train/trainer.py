@@ -1,0 +1,62 @@
+"""transformers' Trainer, with checkpoints that hold the adapter alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..attach import state_of
+from ..errors import StoreError
+from ..store import read_tensors, save, tensors_of, write_whole
+
+STATE = "training.safetensors"
+
+
+class AdapterTrainer(Trainer):
+    """Saves and restores `adapter_name` in place of the whole model; all else is Trainer's."""
+
+    adapter_name = "adapter"
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = output_dir or self.args.output_dir
+        assert folder is not None
+        save(self.model, folder, name=self.adapter_name)  # type: ignore[arg-type]
+        keep(self.model, self.adapter_name, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        fill_from(self.model if model is None else model, self.adapter_name, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            fill_from(self.model, self.adapter_name, best)
+
+
+def keep(model: Any, name: str, folder: str | Path) -> None:
+    """Write the adapter's tensors as they are trained (nothing folded away), to go on from."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors_of(model, state_of(model).adapters[name], fold=False).items()}
+    write_whole(Path(folder) / STATE, to_bytes(tensors, metadata={"format": "pt"}))
+
+
+def fill_from(model: Any, name: str, folder: str | Path) -> None:
+    """Copy what `keep` wrote in `folder` into the attached adapter `name`. Raises: StoreError."""
+    where = str(Path(folder) / STATE)
+    tensors = read_tensors(Path(folder) / STATE)
+    own = tensors_of(model, state_of(model).adapters[name], fold=False)
+    for key in own.keys() | tensors.keys():
+        if key not in own or key not in tensors or own[key].shape != tensors[key].shape:
+            raise StoreError(f"{key!r} does not fit the plan", where=where, fix="The checkpoint is of another plan: choose another output folder")
+    with torch.no_grad():
+        for key, value in tensors.items():
+            own[key].copy_(value)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps that is whole, or None. Trainer writes its own state last."""
+    whole = [p for p in folder.glob("checkpoint-*") if (p / STATE).exists() and (p / "trainer_state.json").exists() and p.name.split("-")[-1].isdigit()]
+    return max(whole, key=lambda p: int(p.name.split("-")[-1]), default=None)
