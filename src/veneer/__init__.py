@@ -23,6 +23,7 @@ _WHERE = {
     "summary": ("summary",),
     "gates": ("gates",),
     "settle": ("settle",),
+    "optimize": ("optimize", "unoptimize", "adamw"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_HOME)

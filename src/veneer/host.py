@@ -91,6 +91,8 @@ class Recipe:
     kv: list[Part] = field(default_factory=list)
     embed: list[Part] = field(default_factory=list)
     memory: list[Part] = field(default_factory=list)
+    bundle: Any = None  # fused.Bundle: runs the module and its first output stage in one operation
+    place: int = 0
 
     def __bool__(self) -> bool:
         return any((self.captures, self.inputs, self.outputs, self.tensors, self.kv, self.embed, self.memory))
@@ -109,12 +111,16 @@ class State:
         self.routable = False
         self.trainable: dict[str, bool] = {}
         self.widened: Any = None  # a part whose state came once for all rows of a routed batch
+        self.fuse: Callable[[], None] | None = None  # set by vn.optimize: gives hosts their bundles
+        self.optimized: Callable[[], None] | None = None
         self.undo: list[Callable[[], None]] = []
 
     def refresh(self) -> None:
         """Work out every host's recipe anew: after attach, detach or activate."""
         for host in self.hosts.values():
             host.refresh()
+        if self.fuse is not None:
+            self.fuse()
 
 
 class Host:
@@ -204,7 +210,7 @@ class Host:
             cell.x = x
         if r.inputs:
             args, kwargs = _replace_first(args, kwargs, self._inward(r.inputs, x, frame))
-        call = forward
+        call, fused = forward, False
         if r.kv:
             from .attention import run_attention
 
@@ -216,10 +222,14 @@ class Host:
         if r.tensors or (frame.routing is not None and self.reading):
             y = self._tensors(r.tensors, x, call, args, kwargs, frame)
         else:
-            y = call(*args, **kwargs)
-        if r.outputs:
+            y: Any = r.bundle.call(r.place, x) if r.bundle is not None else None
+            fused = y is not None
+            if not fused:
+                y = call(*args, **kwargs)
+        stages = r.outputs[1:] if fused else r.outputs
+        if stages:
             first = y if isinstance(y, Tensor) else y[0]
-            for stage in r.outputs:
+            for stage in stages:
                 first = self._outward(stage, x, first, frame)
             y = first if isinstance(y, Tensor) else type(y)((first, *y[1:])) if isinstance(y, (tuple, list)) else _set_first(y, first)
         return y

@@ -80,9 +80,18 @@ class LoRAPart(MapPart):
             nn.init.uniform_(self.A, -1 / math.sqrt(site.inp), 1 / math.sqrt(site.inp))
         self.scale, self.dropout = scale, m.dropout
 
-    def deviation(self, x: Tensor, h: Tensor) -> Tensor:
+    def entry(self, x: Tensor) -> Tensor:
+        """What A is applied to."""
         if self.dropout and self.training and x.is_floating_point():
-            x = nn.functional.dropout(x, self.dropout)
+            return nn.functional.dropout(x, self.dropout)
+        return x
+
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """A, B and s of the deviation s · B A entry(x), in x's dtype."""
+        return self.cast(self.A, x), self.cast(self.B, x), self.scale
+
+    def deviation(self, x: Tensor, h: Tensor) -> Tensor:
+        x = self.entry(x)
         z = self.map.down(x, self.cast(self.A, h))
         return self.map.up(z * self.scale if self.scale != 1 else z, self.cast(self.B, h))
 
