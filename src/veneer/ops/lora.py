@@ -78,7 +78,10 @@ def _stack(ts: list[Tensor]) -> Tensor:
 
 
 # -- the same two as operators that a compiler leaves alone -----------------------------------------------------------
-@torch.library.custom_op("veneer::low_rank_forward", mutates_args=())
+@torch.library.custom_op(
+    "veneer::low_rank_forward", mutates_args=(),
+    schema="(Tensor x, Tensor? dropped, Tensor[] ws, Tensor?[] bs, Tensor[] downs, Tensor[] ups, float[] scales) -> Tensor[]",
+)  # fmt: skip
 def _forward_op(
     x: Tensor, dropped: Tensor | None, ws: list[Tensor], bs: list[Tensor | None], downs: list[Tensor], ups: list[Tensor], scales: list[float]
 ) -> list[Tensor]:
@@ -91,7 +94,10 @@ def _(x: Any, dropped: Any, ws: Any, bs: Any, downs: Any, ups: Any, scales: Any)
     return [*(x.new_empty(n, w.shape[0]) for w in ws), x.new_empty(n, sum(u.shape[1] for u in ups))]
 
 
-@torch.library.custom_op("veneer::low_rank_backward", mutates_args=())
+@torch.library.custom_op(
+    "veneer::low_rank_backward", mutates_args=(),
+    schema="(Tensor[] gs, Tensor x, Tensor z, Tensor[] ws, Tensor[] downs, Tensor[] ups, float[] scales, bool dropout, bool need_x) -> Tensor[]",
+)  # fmt: skip
 def _backward_op(
     gs: list[Tensor], x: Tensor, z: Tensor, ws: list[Tensor], downs: list[Tensor], ups: list[Tensor], scales: list[float],
     dropout: bool, need_x: bool,
