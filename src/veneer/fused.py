@@ -115,7 +115,9 @@ def bundle(model: nn.Module, hosts: dict[str, Host]) -> None:
         if part is None:
             continue
         module = model.get_submodule(path)
-        if any(p is not None and p.requires_grad for p in (module.weight, module.bias)):
+        tensors = [p for p in (module.weight, module.bias) if p is not None]
+        # quantised and sharded weights are tensors of other classes, whose products are not ours to write out
+        if any(type(p) is not nn.Parameter or p.requires_grad for p in tensors):
             continue
         family = next((i for i, roles in enumerate(SHARED) if part.site.role in roles), path)
         b = shared.setdefault((path.rpartition(".")[0], family, part.site.inp, module.weight.dtype, module.weight.device), Bundle())
