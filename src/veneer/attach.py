@@ -18,7 +18,7 @@ from .plan import Plan, Term
 from .sites import Site, select
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
+    from .adapter import Adapter, Record
 
 KEY = "_veneer"
 
@@ -34,8 +34,9 @@ def state_of(model: nn.Module, create: bool = False) -> State:
 
 
 def check_name(name: Any) -> None:
-    if not isinstance(name, str) or not name or "." in name or "/" in name:
-        raise AdapterError(f"an adapter's name is a word without '.' or '/', not {name!r}")
+    if not isinstance(name, str) or not name.strip() or not name.isprintable() or any(c in name for c in "./\\:") or len(name) > 100:
+        shown = repr(name) if len(repr(name)) < 120 else repr(name)[:100] + "…"
+        raise AdapterError(f"an adapter's name is a word without '.', ':', '/' or '\\', not {shown}", fix="For example 'sst2'")
 
 
 def attach(
@@ -61,10 +62,18 @@ def attach(
     Raises: PlanError, SiteError (a pattern or port that the model does not have), AdapterError (the name is taken).
     After an error the model is exactly as it was.
     """
-    from .adapter import Adapter, Record
+    from .adapter import Record
 
     plan = Plan.from_dict(plan)
     check_name(name)
+    check_free(model, name)
+    return join(model, Record(name, plan, make_parts(model, plan, dtype, tokenizer)), activate)
+
+
+def check_free(model: nn.Module, name: str) -> None:
+    """Raise AdapterError unless an adapter may be attached to `model` as `name`."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"adapters are attached to a torch module, not to {model!r}")
     if "_veneer_state" in model.__dict__:
         state = state_of(model)
         if name in state.adapters:
@@ -74,11 +83,15 @@ def attach(
     for path, module in model.named_modules():
         if path and "_veneer_state" in module.__dict__:
             raise AdapterError("a part of this model has adapters of its own", where=path, fix="Attach to that part, or detach there first")
-    parts = make_parts(model, plan, dtype, tokenizer)  # changes nothing
-    state = state_of(model, create=True)
+
+
+def join(model: nn.Module, record: Record, activate: bool) -> Adapter:
+    """Install the parts of `record`, freeze the base, and return a handle. An error leaves the model as it was."""
+    from .adapter import Adapter
+
+    name, state = record.name, state_of(model, create=True)
     if not state.trainable:
         state.trainable = {n: p.requires_grad for n, p in model.named_parameters()}
-    record = Record(name, plan, parts)
     try:
         install(model, state, record)
     except BaseException:
@@ -95,12 +108,12 @@ def attach(
     return Adapter(model, name)
 
 
-def make_parts(model: nn.Module, plan: Plan, dtype: torch.dtype | None = None, tokenizer: Any = None) -> list[Part]:
-    """The parts of `plan` for `model`, not yet installed."""
+def make_parts(model: nn.Module, plan: Plan, dtype: torch.dtype | None = None, tokenizer: Any = None, *, blank: bool = False) -> list[Part]:
+    """The parts of `plan` for `model`, not yet installed; `blank` ones have shapes and no numbers. Changes nothing."""
     found = resolve.sites(model)
     parts: list[Part] = []
     for i, term in enumerate(plan.terms()):
-        build = Build(model, gated=term.gate is not None, dtype=dtype, tokenizer=tokenizer)
+        build = Build(model, gated=term.gate is not None, dtype=dtype, tokenizer=tokenizer, blank=blank)
 
         def sites(at: str | None, port: str, default: str) -> list[Site]:
             why = "" if any(s.port == port for s in found) else resolve.why_not(model, port)
@@ -116,8 +129,8 @@ def make_parts(model: nn.Module, plan: Plan, dtype: torch.dtype | None = None, t
                 parts.append(part)
         except VeneerError:
             raise
-        except RuntimeError as e:
-            raise PlanError(f"{term.method.name} could not be built: {e}") from e
+        except (RuntimeError, OverflowError, MemoryError) as e:  # sizes beyond any memory
+            raise PlanError(f"{term.method.name} could not be built: {str(e).partition(chr(10))[0]}") from e
     if not parts:
         raise PlanError("the plan attaches to nothing in this model")
     return parts

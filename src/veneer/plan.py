@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ class Plan:
     Methods are plans themselves. `a + b` puts plans side by side: each sees the base's own states, and their
     deviations add. `a >> b` stacks them: where both act on the same state, b sees what a made of it. `vn.gated(a)`
     scales every deviation in `a` by a learnt gate. `to_dict`/`from_dict` are strict: an unknown key is a `PlanError`.
+    Printed, a plan is the Python that makes it.
     """
 
     def __add__(self, other: Plan) -> Plan:
@@ -85,6 +88,11 @@ class Sum(Plan):
     def to_dict(self) -> dict[str, Any]:
         return {"sum": [m.to_dict() for m in self.members]}
 
+    def __str__(self) -> str:
+        return " + ".join(f"({m})" if isinstance(m, Stack) else str(m) for m in self.members)
+
+    __repr__ = __str__
+
 
 @dataclass(frozen=True)
 class Stack(Plan):
@@ -107,7 +115,14 @@ class Stack(Plan):
     def to_dict(self) -> dict[str, Any]:
         return {"stack": [m.to_dict() for m in self.members]}
 
+    def __str__(self) -> str:
+        return " >> ".join(f"({m})" if isinstance(m, Sum) else str(m) for m in self.members)
 
+    __repr__ = __str__
+
+
+HEADS = ("method", "sum", "stack", "gated")
+OPTIONS = ("per", "gate", "bias", "temperature")
 PER = ("example", "token", "constant")
 GATES = ("deviation", "published")
 
@@ -133,10 +148,16 @@ class Gated(Plan):
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"gated": self.plan.to_dict()}
-        for key in ("per", "gate", "bias", "temperature"):
+        for key in OPTIONS:
             if getattr(self, key) != getattr(type(self), key):
                 out[key] = getattr(self, key)
         return out
+
+    def __str__(self) -> str:
+        options = "".join(f", {k}={v!r}" for k, v in self.to_dict().items() if k != "gated")
+        return f"gated({self.plan}{options})"
+
+    __repr__ = __str__
 
 
 def gated(plan: Plan, *, per: str = "example", gate: str = "deviation", bias: float = 0.0, temperature: float = 1.0) -> Plan:
@@ -160,12 +181,12 @@ def gated(plan: Plan, *, per: str = "example", gate: str = "deviation", bias: fl
     """
     _check(plan, "gated")
     if per not in PER:
-        raise PlanError(f"gated: per is {per!r}", fix=did_you_mean(str(per), PER))
+        raise PlanError(f"gated: per is {short(per)}", fix=did_you_mean(str(per), PER))
     if gate not in GATES:
-        raise PlanError(f"gated: gate is {gate!r}", fix=did_you_mean(str(gate), GATES))
+        raise PlanError(f"gated: gate is {short(gate)}", fix=did_you_mean(str(gate), GATES))
     for key, value in (("bias", bias), ("temperature", temperature)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
-            raise PlanError(f"gated: {key} must be a finite number, not {value!r}")
+        if not finite(value):
+            raise PlanError(f"gated: {key} must be a finite number, not {short(value)}")
     if temperature <= 0:
         raise PlanError(f"gated: temperature must be positive, not {temperature!r}")
     for term in plan.terms():
@@ -179,48 +200,77 @@ def gated(plan: Plan, *, per: str = "example", gate: str = "deviation", bias: fl
     return Gated(plan, per, gate, float(bias), float(temperature))
 
 
-def _check(value: Any, operator: str) -> None:
+LARGEST = 1e30  # of a hyper-parameter: well within every dtype's range, far over any use
+DEEPEST = 32  # plans within plans
+
+
+def finite(value: Any) -> bool:
+    """Whether `value` is a number that can be computed with; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+
+
+def short(value: Any) -> str:
+    """`value` for an error's text, which stays one line whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # numbers of thousands of digits, lists within lists
+        return f"a {type(value).__name__} without end"
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _check(value: Any, who: str) -> None:
     if not isinstance(value, Plan):
-        raise PlanError(f"{operator} takes plans, not {value!r}", fix="Make a method first, such as vn.LoRA(8)")
+        raise PlanError(f"{who} takes plans, not {short(value)}", fix="Make a method first, such as vn.LoRA(8)")
 
 
 def _members(plan: Plan, kind: type) -> tuple[Plan, ...]:
     return plan.members if isinstance(plan, kind) else (plan,)  # type: ignore[attr-defined]
 
 
-def _parse(data: Any, where: str) -> Plan:
+def _parse(data: Any, where: str, depth: int = 0) -> Plan:
     from .methods import find
     from .presets import preset
 
     if isinstance(data, Plan):
         return data
     if isinstance(data, str):
-        return preset(data)
+        return preset(data, where)
+    if depth > DEEPEST:
+        raise PlanError(f"plans are nested more than {DEEPEST} deep", where=_head(where))
     if isinstance(data, list):
         data = {"sum": data}
     if not isinstance(data, dict):
-        raise PlanError(f"a plan is a mapping, a list or a preset's name, not {data!r}", where=where)
-    heads = [k for k in ("method", "sum", "stack", "gated") if k in data]
+        raise PlanError(f"a plan is a mapping, a list or a preset's name, not {short(data)}", where=where)
+    heads = [k for k in HEADS if k in data]
     if len(heads) != 1:
-        keys = ", ".join(map(repr, data)) or "nothing"
-        raise PlanError(
-            f"a plan has exactly one of 'method', 'sum', 'stack', 'gated', not {keys}",
-            where=where,
-            fix=did_you_mean(str(next(iter(data), "")), ("method", "sum", "stack", "gated")),
-        )
+        keys = short(list(data))[1:-1] or "nothing"
+        unknown = next((k for k in data if k not in HEADS), "")
+        fix = did_you_mean(str(unknown), HEADS) if not heads else "A plan within a plan is a mapping of its own"
+        raise PlanError(f"a plan has exactly one of 'method', 'sum', 'stack', 'gated', not {keys}", where=where, fix=fix)
     head, rest = heads[0], {k: v for k, v in data.items() if k != heads[0]}
     if head == "method":
         return find(data["method"], where).from_fields(rest, where)
-    known = ("per", "gate", "bias", "temperature") if head == "gated" else ()
+    known = OPTIONS if head == "gated" else ()
     for key in rest:
         if key not in known:
-            raise PlanError(f"{head!r} has no option {key!r}", where=where, fix=did_you_mean(str(key), known or (head,)))
+            fix = did_you_mean(str(key), known) if known else f"{head!r} stands alone"
+            raise PlanError(f"{head!r} has no option {short(key)}", where=where, fix=fix)
     if head == "gated":
-        return gated(_parse(data["gated"], f"{where}.gated"), **rest)
+        return _at(where, lambda: gated(_parse(data["gated"], f"{where}.gated", depth + 1), **rest))
     members = data[head]
     if not isinstance(members, list) or not members:
-        raise PlanError(f"{head!r} takes a list of plans, not {members!r}", where=where)
-    plans = tuple(_parse(m, f"{where}.{head}[{i}]") for i, m in enumerate(members))
-    if len(plans) == 1:
-        return plans[0]
-    return Sum(plans) if head == "sum" else Stack(plans)
+        raise PlanError(f"{head!r} takes a list of plans, not {short(members)}", where=where)
+    plans = [_parse(m, f"{where}.{head}[{i}]", depth + 1) for i, m in enumerate(members)]
+    return functools.reduce(operator.add if head == "sum" else operator.rshift, plans)
+
+
+def _head(where: str) -> str:
+    return where if len(where) <= 80 else where[:79] + "…"
+
+
+def _at(where: str, make: Callable[[], Plan]) -> Plan:
+    """What `make` gives; its refusals say where in the data they arose."""
+    try:
+        return make()
+    except PlanError as e:
+        raise e if e.where else PlanError(e.what, where=where, fix=e.fix) from None

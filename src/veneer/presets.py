@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .errors import PlanError, did_you_mean
-from .plan import Plan, gated
+from .plan import Plan, gated, short
 
 
 def _presets() -> dict[str, Callable[[], Plan]]:
@@ -28,7 +28,7 @@ def _presets() -> dict[str, Callable[[], Plan]]:
     }
 
 
-def preset(name: str) -> Plan:
+def preset(name: str, where: str = "") -> Plan:
     """The plan that the literature knows by `name`.
 
     lora        LoRA(8) on q and v (Hu et al. 2021)
@@ -45,6 +45,6 @@ def preset(name: str) -> Plan:
     Raises: PlanError for an unknown name, with the nearest.
     """
     known = _presets()
-    if name not in known:
-        raise PlanError(f"there is no preset {name!r}", fix=did_you_mean(str(name), known))
+    if not isinstance(name, str) or name not in known:
+        raise PlanError(f"there is no preset {short(name)}", where=where, fix=did_you_mean(str(name), known))
     return known[name]()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
@@ -126,6 +126,11 @@ def select(sites: Iterable[Site], pattern: str, *, port: str, default: bool = Fa
             dropped.append(m)
         elif not hits:
             raise _nothing(m, here, port)
+        elif m.layers.startswith("{") and not default:
+            for part in m.layers[1:-1].split(","):  # each layer of a list must be there, too
+                one = replace(m, layers=part.strip())
+                if not _match(one, here):
+                    raise _nothing(one, here, port)
         chosen = chosen - hits if m.exclude else chosen | hits
     if not chosen:
         if dropped:
@@ -134,16 +139,43 @@ def select(sites: Iterable[Site], pattern: str, *, port: str, default: bool = Fa
     return [here[i] for i in sorted(chosen)]
 
 
-@lru_cache(maxsize=512)
+MOST, DEEPEST = 4096, 8  # members and braces within braces: a pattern may come from a file that means harm
+
+
 def parse(pattern: str) -> tuple[Member, ...]:
     """The members of `pattern`. Raises: SiteError with the place where it cannot be read."""
     if not isinstance(pattern, str):
         raise SiteError(f"a pattern is a string, not {type(pattern).__name__}", fix="For example 'attn.{q,v}'")
+    return _parse(pattern)
+
+
+@lru_cache(maxsize=512)
+def _parse(pattern: str) -> tuple[Member, ...]:
     members: list[Member] = []
     for text in _split(pattern, pattern):
+        if not _NAME.match(text.strip().removeprefix("!")):
+            _bound(text, pattern)
         for one in _expand(text, pattern):
             members.append(_member(one.strip(), pattern))
     return tuple(members)
+
+
+def _bound(text: str, pattern: str) -> None:
+    """Refuse, before they are made, more alternatives than a model could have roles."""
+    depth, count, options = 0, 1, 1
+    for c in text:
+        depth += {"{": 1, "}": -1}.get(c, 0)
+        options += c == ","
+        if depth > DEEPEST:
+            raise SiteError(f"braces are nested more than {DEEPEST} deep", where=_short(pattern), fix="Write the alternatives in one pair: 'attn.{q,k,v}'")
+        if c == "}":
+            count, options = count * options, 1
+        if count > MOST:
+            raise SiteError(f"over {MOST} alternatives", where=_short(pattern), fix="Use a glob, as 'attn.*'")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _split(text: str, pattern: str) -> list[str]:

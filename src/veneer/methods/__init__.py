@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PlanError, did_you_mean
+from ..plan import short
 from .base import Method
 from .bitfit import BitFit
 from .bottleneck import Bottleneck
@@ -51,4 +52,4 @@ def find(name: Any, where: str = "") -> type[Method]:
     for m in REGISTRY:
         if m.name == name:
             return m
-    raise PlanError(f"there is no method {name!r}", where=where, fix=did_you_mean(str(name), [m.name for m in REGISTRY]))
+    raise PlanError(f"there is no method {short(name)}", where=where, fix=did_you_mean(str(name), [m.name for m in REGISTRY]))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import CapabilityError, PlanError, did_you_mean
-from ..plan import Plan
+from ..plan import Plan, finite, short
 from ..sites import Site
 
 if TYPE_CHECKING:
@@ -30,12 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Build:
-    """What a method may know when it makes its parts: the model (read only), and whether a gate will scale it."""
+    """What a method may know when it makes its parts: the model (read only), and whether a gate will scale it.
+
+    `blank` parts have shapes (on the meta device) and no numbers: a file will give those, once their shapes fit.
+    """
 
     model: Any
     gated: bool = False
     dtype: torch.dtype | None = None
     tokenizer: Any = None
+    blank: bool = False
     module: Any = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -91,11 +95,17 @@ class Method(Plan):
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for key in given:
             if key not in known:
-                raise PlanError(f"{cls.name} has no option {key!r}", where=where, fix=did_you_mean(key, known))
+                raise PlanError(f"{cls.name} has no option {short(key)}", where=where, fix=did_you_mean(str(key), known))
         try:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        except PlanError as e:
+            raise PlanError(e.what, where=where, fix=e.fix) from None
         except TypeError as e:
             raise PlanError(f"{cls.name}: {e}", where=where, fix=f"Its options: {', '.join(known)}") from None
+
+    def __str__(self) -> str:
+        own = [f for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in own)})"
 
     # -- checks that methods share ---------------------------------------------------------------------------------
     def _fail(self, what: str, fix: str = "") -> PlanError:
@@ -103,27 +113,32 @@ class Method(Plan):
 
     def _positive(self, **values: Any) -> None:
         for key, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise self._fail(f"{key} must be a whole number of at least 1, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 40:
+                raise self._fail(f"{key} must be a whole number of at least 1, and of some use, not {short(value)}")
 
     def _finite(self, **values: Any) -> None:
         for key, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
-                raise self._fail(f"{key} must be a finite number, not {value!r}")
+            if not finite(value):
+                raise self._fail(f"{key} must be a finite number, not {short(value)}")
 
     def _share(self, **values: Any) -> None:
         for key, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise self._fail(f"{key} must be a number from 0 up to, not including, 1, not {value!r}")
+            if not finite(value) or not 0 <= value < 1:
+                raise self._fail(f"{key} must be a number from 0 up to, not including, 1, not {short(value)}")
+
+    def _bool(self, **values: Any) -> None:
+        for key, value in values.items():
+            if not isinstance(value, bool):
+                raise self._fail(f"{key} must be True or False, not {short(value)}")
 
     def _one_of(self, options: Any, **values: Any) -> None:
         for key, value in values.items():
-            if value not in options:
-                raise self._fail(f"{key} is {value!r}", did_you_mean(str(value), map(str, options)))
+            if not isinstance(value, str) or value not in options:
+                raise self._fail(f"{key} is {short(value)}", did_you_mean(str(value), map(str, options)))
 
     def _pattern(self) -> None:
         if self.at is not None and (not isinstance(self.at, str) or not self.at.strip()):
-            raise self._fail(f"at must be a pattern such as 'attn.{{q,v}}', not {self.at!r}")
+            raise self._fail(f"at must be a pattern such as 'attn.{{q,v}}', not {short(self.at)}")
 
 
 def need(condition: bool, what: str, fix: str = "") -> None:

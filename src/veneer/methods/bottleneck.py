@@ -77,6 +77,7 @@ class Bottleneck(Method):
                 raise self._fail(f"scale must be a number or 'learnt', not {self.scale!r}")
             self._finite(scale=self.scale)
         self._share(dropout=self.dropout)
+        self._bool(parallel=self.parallel, norm=self.norm)
         self._pattern()
 
     def part(self, site: Site, build: Build) -> Part:

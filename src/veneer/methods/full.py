@@ -51,7 +51,7 @@ class FullPart(TensorPart):
         super().__init__(site)
         p = module_at(build.model, site.path)._parameters[site.tensor]
         assert p is not None
-        self.tensor = nn.Parameter(p.detach().clone().to(like(build, site)["dtype"]))
+        self.tensor = nn.Parameter(p.detach().to(**like(build, site), copy=True))
 
     def value(self, p: Tensor) -> Tensor:
         return self.cast(self.tensor, p)

@@ -27,7 +27,7 @@ def like(build: Build, site: Site) -> dict[str, Any]:
     """
     module = module_at(build.model, site.path)
     params = [p for p in module.parameters() if p.is_floating_point()] or [p for p in build.model.parameters() if p.is_floating_point()]
-    device = params[0].device if params else torch.device("cpu")
+    device = torch.device("meta") if build.blank else params[0].device if params else torch.device("cpu")
     base = params[0].dtype if params else torch.float32
     dtype = build.dtype or (base if base == torch.float64 else torch.float32)
     return {"device": device, "dtype": dtype}

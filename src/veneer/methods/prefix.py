@@ -53,7 +53,9 @@ class Prefix(Method):
         if self.reparameterize is not None:
             self._positive(reparameterize=self.reparameterize)
         self._finite(init_std=self.init_std)
-        self._one_of((True, False), positions=self.positions)
+        if self.init_std < 0:
+            raise self._fail(f"init_std must not be negative, as {self.init_std!r} is")
+        self._bool(positions=self.positions)
         self._pattern()
 
     def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
@@ -125,7 +127,7 @@ class PrefixPart(KVPart):
         k, v = self.pair()
         return {"keys": k.detach(), "values": v.detach()}
 
-    def unfold(self) -> None:
+    def unfold(self, saved: dict[str, Tensor]) -> None:
         """Take the form without an MLP, ready for saved `keys` and `values`."""
         if self.mlp is not None:
             k, v = self.pair()

@@ -50,6 +50,9 @@ class PromptTuning(Method):
     def __post_init__(self) -> None:
         if self.length is not None:
             self._positive(length=self.length)
+        self._bool(before_cls=self.before_cls)
+        if self.text is not None and not isinstance(self.text, str):
+            raise self._fail(f"text must be a string, not {self.text!r}")
         self._one_of(("random", "vocab", "text"), init=self.init)
         if (self.init == "text") != (self.text is not None):
             raise self._fail("init='text' and text=... go together", "Give both, or neither")
@@ -69,6 +72,8 @@ class PromptTuning(Method):
     def start(self, site: Site, build: Build) -> Tensor:
         """The initial P (n, d)."""
         new = like(build, site)
+        if build.blank:
+            return torch.empty(self.length or 0, site.width, **new)
         if self.init == "random":
             return torch.empty(self.length or 0, site.width, **new).normal_(std=0.02)
         if not site.enter:
@@ -93,6 +98,13 @@ class PromptPart(EmbedPart):
         super().__init__(site)
         self.vectors = nn.Parameter(m.start(site, build))
         self.keep = 0 if m.before_cls else site.keep
+        self.free = m.length is None  # as long as its text, in whatever tokenizer it was attached with
 
     def prompt(self) -> Tensor:
         return self.vectors
+
+    def unfold(self, saved: dict[str, Tensor]) -> None:
+        """Take the saved prompt's length, where the text gave it."""
+        vectors = saved.get("vectors")
+        if self.free and vectors is not None and vectors.dim() == 2:
+            self.vectors = nn.Parameter(self.vectors.new_empty(vectors.shape[0], self.vectors.shape[1]))

@@ -1,0 +1,100 @@
+"""What several test files need: small models, a model compared with what it was, refusals checked by their text."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import veneer as vn
+from zoo import ZOO, loss, output
+
+__all__ = ["build", "fresh", "grads", "loss", "look", "output", "refuses", "shake", "unchanged", "visible"]
+
+# one of each port and every way that a part acts, on a model with all ports
+MIXED = [
+    {"method": "lora", "r": 2},
+    {"method": "ia3"},
+    {"method": "bitfit"},
+    {"method": "bottleneck", "size": 3},
+    {"method": "prefix", "length": 2},
+    {"method": "full", "at": "head"},
+]
+
+
+def build(kind: str = "bert") -> nn.Module:
+    """The zoo's model of that kind, the same numbers at each call."""
+    return ZOO[kind].build()
+
+
+def fresh(kind: str = "bert", batch: int = 3, length: int = 7) -> tuple[nn.Module, dict[str, Any]]:
+    return build(kind), ZOO[kind].inputs(batch, length)
+
+
+def shake(adapter: vn.Adapter, seed: int = 5, scale: float = 0.2) -> vn.Adapter:
+    """Move every parameter away from its start."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(torch.randn(p.shape, generator=g, dtype=p.dtype) * scale)
+    return adapter
+
+
+def look(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return output(model, inputs)
+
+
+def grads(adapter: vn.Adapter) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in adapter.named_parameters() if p.grad is not None}
+
+
+def visible(model: nn.Module) -> dict[str, Any]:
+    """Everything that can be seen of a model: modules and their classes, tensors and who they are, hooks, settings."""
+    out: dict[str, Any] = {}
+    for path, m in model.named_modules():
+        plain = {k: v for k, v in m.__dict__.items() if not isinstance(v, (dict, set)) and not k.startswith("_")}
+        hooks = [len(m.__dict__[k]) for k in sorted(m.__dict__) if k.endswith("_hooks")]
+        out[f"module {path}"] = (type(m), m.training, sorted(k for k in m.__dict__ if k.startswith("_veneer")), hooks, sorted(plain))
+        for k, v in plain.items():
+            if isinstance(v, (int, float, str, bool, type(None))):
+                out[f"attribute {path}.{k}"] = v
+    for name, p in model.named_parameters(remove_duplicate=False):
+        out[f"parameter {name}"] = (id(p), p.data_ptr(), p.requires_grad, p.dtype, p.detach().clone())
+    for name, b in model.named_buffers(remove_duplicate=False):
+        out[f"buffer {name}"] = (id(b), b.detach().clone())
+    return out
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """The block must leave the model, and the random numbers to come, as they were."""
+    before, dice = visible(model), torch.random.get_rng_state()
+    yield
+    after = visible(model)
+    assert list(before) == list(after), set(before) ^ set(after)
+    for key, old in before.items():
+        new = after[key]
+        if isinstance(old, tuple) and isinstance(old[-1], Tensor):
+            assert old[:-1] == new[:-1], key
+            assert torch.equal(old[-1].reshape(-1).view(torch.uint8), new[-1].reshape(-1).view(torch.uint8)), key
+        else:
+            assert old == new, (key, old, new)
+    assert torch.equal(dice, torch.random.get_rng_state()), "random numbers were drawn"
+
+
+@contextlib.contextmanager
+def refuses(error: type[vn.VeneerError], *texts: str, model: nn.Module | None = None) -> Iterator[None]:
+    """The block raises `error` with all of `texts` (regular expressions) in its message, and leaves `model` as it was."""
+    with unchanged(model) if model is not None else contextlib.nullcontext():
+        with pytest.raises(error) as caught:
+            yield
+    message = str(caught.value)
+    for text in texts:
+        assert re.search(text, message), f"{text!r} is not in {message!r}"
+    assert "\n" not in message and len(message) < 1200, message
