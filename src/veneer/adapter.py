@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError, CapabilityError, did_you_mean
 from .host import Routing, State
-from .plan import Plan
+from .plan import Plan, short
 
 if TYPE_CHECKING:
     from .methods.parts import Part
@@ -27,7 +27,10 @@ class Record:
 
 
 class Adapter:
-    """A handle on an attached adapter: its name, plan, parts and parameters."""
+    """A handle on an attached adapter: its name, plan, parts and parameters.
+
+    Once the adapter is detached, everything but the name raises AdapterError.
+    """
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model, self.name = model, name
@@ -69,29 +72,40 @@ class Adapter:
         save(self.model, path, name=self.name, **kwargs)
 
     def __repr__(self) -> str:
+        state = self.model.__dict__.get("_veneer_state")
+        if state is None or self.name not in state.adapters:
+            return f"Adapter({self.name!r}, detached)"
         return f"Adapter({self.name!r}, {self.num_parameters:,} parameters in {len(self.parts)} parts)"
 
 
 def known(state: State, name: Any) -> str:
     """`name`, if it is attached. Raises: AdapterError with the nearest."""
-    if name not in state.adapters:
-        raise AdapterError(f"no adapter called {name!r} is attached", fix=did_you_mean(str(name), state.adapters))
+    if not isinstance(name, str) or name not in state.adapters:
+        raise AdapterError(f"no adapter called {short(name)} is attached", fix=did_you_mean(str(name), state.adapters))
     return name
 
 
-def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
-    """Make `names` the active adapters: one, several (their deviations add), or None (the base).
-
-    Raises: AdapterError for a name that is not attached.
-    """
-    from .attach import state_of
-
-    state = state_of(model)
-    wanted = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+def known_names(state: State, names: Any) -> tuple[str, ...]:
+    """`names` (one, several, or None for none) as a tuple. Raises: AdapterError for one unknown, or named twice."""
+    if names is None:
+        return ()
+    wanted = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
     for n in wanted:
         known(state, n)
     if len(set(wanted)) != len(wanted):
         raise AdapterError(f"a name twice in {list(wanted)}", fix="Name each adapter once")
+    return wanted
+
+
+def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Make `names` the active adapters: one, several (their deviations add, in any order), or None (the base).
+
+    Raises: AdapterError for a name that is not attached, or stands there twice, and while adapters are merged.
+    """
+    from .attach import state_of
+
+    state = state_of(model)
+    wanted = known_names(state, names)
     if state.merged is not None:
         raise AdapterError("adapters are merged into this model", fix="vn.unmerge(model) first")
     state.active = wanted
@@ -99,7 +113,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
 
 
 def active(model: nn.Module) -> tuple[str, ...]:
-    """The names of the active adapters."""
+    """The names of the active adapters; none while some are merged. Raises: AdapterError where nothing is attached."""
     from .attach import state_of
 
     return state_of(model).active
@@ -107,7 +121,11 @@ def active(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model is its base, exactly; merged adapters are taken out for the time."""
+    """Within the block the model is its base, exactly; merged adapters are taken out for the time. Blocks nest, and end
+    in an exception as they end otherwise.
+
+    Raises: AdapterError where nothing is attached.
+    """
     from .attach import state_of
     from .merge import merge, unmerge
 
@@ -128,8 +146,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def route(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Iterator[nn.Module]:
     """Within the block row i of every batch uses the adapter `rows[i]`: a name, several names (they add), or None.
 
-    Works in inference, generate (beams follow their row) and training, where each adapter's gradient comes from its own
-    rows. The routing is part of what gradient checkpointing recomputes.
+    Works in inference, generate (beams follow their row: a batch of k times as many rows gives each name k in a row) and
+    training, where each adapter's gradient comes from its own rows. The routing is part of what gradient checkpointing
+    recomputes.
 
     Raises: AdapterError for an unknown name, or when a batch has not the rows that were named; CapabilityError for a
     method that cannot be routed.
@@ -137,12 +156,12 @@ def route(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Itera
     from .attach import exchange, frame_hosts, state_of
 
     state = state_of(model)
-    if isinstance(rows, str) or not len(rows):
-        raise AdapterError("route takes a list with a name (or None) for each row of the batch")
-    by_row = [() if r is None else (r,) if isinstance(r, str) else tuple(r) for r in rows]
+    if isinstance(rows, str) or not isinstance(rows, Sequence) or not len(rows):
+        raise AdapterError("route takes a list with a name (or None) for each row of the batch", fix="For example ['sst2', None]")
+    by_row = [known_names(state, r) for r in rows]
     for r in by_row:
         for n in r:
-            for term in state.adapters[known(state, n)].plan.terms():
+            for term in state.adapters[n].plan.terms():
                 if not term.method.routable:
                     raise CapabilityError(f"{term.method.name} (in {n!r}) cannot be routed to rows")
     if state.merged is not None:

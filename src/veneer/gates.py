@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import known
 from .attach import state_of
 from .errors import AdapterError, CapabilityError
 
@@ -55,14 +56,17 @@ def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> 
              evaluation mode, and left in the mode that it was in
     name     the adapter; default: the active one that has gates
 
-    Raises: AdapterError, CapabilityError where the plan has no gates or `batches` is empty.
+    Padding does not count, and each example's gate is the same whatever else is in its batch. A constant gate is counted
+    once a call. Where no batch reaches a part its mean is NaN and its n is 0.
+
+    Raises: AdapterError for an unknown name or while adapters are merged; CapabilityError where the plan has no gates or `batches` is empty.
     """
     state = state_of(model)
-    names = [name] if name is not None else [n for n in state.active if any(p.gate for p in state.adapters[n].parts)]
+    if state.merged is not None:
+        raise AdapterError("adapters are merged into this model", fix="vn.unmerge(model) first")
+    names = [known(state, name)] if name is not None else [n for n in state.active if any(p.gate for p in state.adapters[n].parts)]
     if not names:
         raise CapabilityError("no active adapter has gates", fix="Attach a gated plan: vn.attach(model, vn.gated(...), name='mine')")
-    if names[0] not in state.adapters:
-        raise AdapterError(f"no adapter called {names[0]!r} is attached")
     parts = [p for p in state.adapters[names[0]].parts if p.gate is not None]
     if not parts:
         raise CapabilityError(f"{names[0]!r} has no gates", fix="Attach a gated plan: vn.gated(...)")
@@ -70,7 +74,7 @@ def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> 
     training = {m: m.training for m in model.modules()}
     device = next(model.parameters()).device
     count = 0
-    active = state.active
+    active, enabled, state.enabled = state.active, state.enabled, True
     try:
         if names[0] not in active:
             state.active = (names[0],)
@@ -92,6 +96,7 @@ def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> 
             p.gate.watch = None
         for m, t in training.items():
             m.training = t
+        state.enabled = enabled
         if state.active != active:
             state.active = active
             state.refresh()

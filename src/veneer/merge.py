@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import known
+from .adapter import known_names
 from .attach import state_of
 from .errors import CapabilityError, MergeError
 from .methods.parts import MapPart, Part, module_at
@@ -17,7 +17,11 @@ from .methods.parts import MapPart, Part, module_at
 
 @dataclass
 class Merged:
-    """What merging changed, so that it can be undone: the names, and each overwritten tensor's own data."""
+    """What merging changed, so that it can be undone: the names, and each overwritten tensor's own data.
+
+    error   the largest share of a tensor's change that rounding to its dtype lost, 0 in fp32: a small adapter may all but
+            vanish in a bf16 base, whose steps are coarser than it is
+    """
 
     names: tuple[str, ...]
     active: tuple[str, ...]
@@ -30,20 +34,19 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None) -> Merged:
     """Fold the adapters `names` (default: the active ones) into the base's weights: no latency is left.
 
     W <- W + dW for each map, computed in fp32 (fp64 for an fp64 base) and rounded once; tensors that were overwritten
-    are kept, so vn.unmerge restores them bit for bit.
+    are kept, so vn.unmerge restores them bit for bit. Until then no other adapter is active. What rounding lost is in the
+    `error` of the answer.
 
-    Raises: CapabilityError for a method or gate that is not linear in the weights, naming it; MergeError for a base whose
-    weights cannot be had (quantised), for weights tied to others, and for an adapter with NaN or infinity. Then the
-    model is as before.
+    Raises: AdapterError for an unknown name or one named twice; CapabilityError for a method or gate that is not linear in the weights, naming it; MergeError for a base whose
+    weights cannot be had (quantised), for weights tied to others, for an adapter with NaN or infinity, and for a result
+    beyond the range of the base's dtype. Then the model is as before.
     """
     state = state_of(model)
-    wanted = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
-    for n in wanted:
-        known(state, n)
-    if not wanted:
-        raise MergeError("there is no active adapter to merge", fix="Name one: vn.merge(model, 'mine')")
     if state.merged is not None:
         raise MergeError(f"{list(state.merged.names)} are merged already", fix="vn.unmerge(model) first")
+    wanted = state.active if names is None else known_names(state, names)
+    if not wanted:
+        raise MergeError("there is no active adapter to merge", fix="Name one: vn.merge(model, 'mine')")
     new: dict[int, tuple[nn.Parameter, Tensor]] = {}
     added: dict[tuple[str, str], Tensor] = {}
     parts = [p for n in wanted for p in state.adapters[n].parts]
@@ -55,9 +58,11 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None) -> Merged:
             for p in group:
                 _fold(model, p, group, new, added)
     merged = Merged(wanted, state.active)
-    for param, value in new.values():
+    # all of them before the first is put in place: an error here leaves the base as it is
+    rounded = [(param, _rounded(param, value, merged)) for param, value in new.values()]
+    for param, value in rounded:
         merged.kept[id(param)] = (param, param.data)
-        param.data = value.to(param.dtype)
+        param.data = value
     for (path, tensor), value in added.items():
         module = module_at(model, path)
         module.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
@@ -77,11 +82,25 @@ def unmerge(model: nn.Module) -> None:
         raise MergeError("nothing is merged into this model", fix="vn.merge(model, 'mine') first")
     merged: Merged = state.merged
     for param, data in merged.kept.values():
-        param.data = data
+        param.data = data.to(param.device, param.dtype)  # the model may have been moved or cast since
     for module, tensor in merged.added:
         module.register_parameter(tensor, None)
-    state.merged, state.active = None, merged.active
+    state.merged, state.active = None, tuple(n for n in merged.active if n in state.adapters)
     state.refresh()
+
+
+def _rounded(param: nn.Parameter, value: Tensor, merged: Merged) -> Tensor:
+    """`value` in the parameter's dtype and in memory of its own. Notes what rounding lost; refuses an overflow."""
+    out = value.to(param.dtype, copy=True)
+    if not out.is_meta and out.dtype != value.dtype:
+        if not torch.isfinite(out).all() and torch.isfinite(param).all():
+            raise MergeError(
+                f"the merged weights are beyond the range of {str(out.dtype).removeprefix('torch.')}", fix="Load the base in bf16 or fp32 to merge"
+            )
+        change = (value - param.data).norm()
+        if change > 0:
+            merged.error = max(merged.error, float((out.to(value.dtype) - value).norm() / change))
+    return out
 
 
 def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Part]) -> None:
@@ -97,7 +116,7 @@ def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Par
                 raise CapabilityError(f"the gates of {n!r} vary with the input and cannot be merged", fix="vn.settle(model, batches) makes them constants")
     for p in parts:
         for key, value in p.named_parameters():
-            if not torch.isfinite(value).all():
+            if not value.is_meta and not torch.isfinite(value).all():
                 raise MergeError(f"{p.method_name} has NaN or infinity in {key!r}", where=p.site.path, fix="The base is untouched; train or load it again")
     seen: dict[int, str] = {}
     tied: dict[int, list[str]] = {}

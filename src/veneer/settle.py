@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapter import Record, known
-from .attach import install, state_of, uninstall
+from .adapter import Record
+from .attach import install, make_parts, state_of, uninstall
 from .compose.gate import Gate
-from .errors import PlanError
+from .errors import CapabilityError, PlanError
 from .gates import gates
-from .plan import Gated, Plan, Stack, Sum
+from .plan import Gated, Plan, Stack, Sum, finite, short
 from .sites import Site
 
 
@@ -71,35 +72,63 @@ def settle(
     score      model -> float, higher is better, on held-out data; runs once for each group, and once for the whole
     retune     model -> None: a brief training of what is left
 
-    Raises: CapabilityError (no gates), PlanError (a `keep` that leaves nothing). Then the adapter is as before.
+    Raises: CapabilityError (no gates, or batches that do not reach all of them), PlanError (a `keep` that leaves nothing, a
+    score that is no number), AdapterError (merged, or unknown). After an error, also of `score` or `retune`, the adapter
+    is as before.
     """
+    _check(keep, threshold)
     batches = list(batches)
     state = state_of(model)
     report = gates(model, batches, name=name)
     name = report.adapter
-    record: Record = state.adapters[known(state, name)]
+    record: Record = state.adapters[name]
     gated = [p for p in record.parts if p.gate is not None]
     means = {id(p): row for p, row in zip(gated, report.rows, strict=True)}
+    for row in report.rows:
+        if not math.isfinite(row["mean"]):
+            what = "no batch reaches this part" if not row["n"] else "the gate is not a number"
+            raise CapabilityError(f"{row['method']}: {what}", where=row["path"], fix="Give batches as in training, from an adapter that is whole")
     groups: dict[tuple[str, str], list[Any]] = {}
     for p in gated:
         groups.setdefault((p.method_name, p.site.role), []).append(p)
-    if isinstance(keep, bool) or (keep is not None and (keep <= 0 or (isinstance(keep, float) and keep > 1))):
-        raise PlanError(f"keep={keep!r}", fix="Give a number of groups, as 2, or a share of the parameters, as 0.5")
+    losses = dict.fromkeys(groups) if score is None else _losses(model, state, record, groups, score)
     rows: list[dict[str, Any]] = []
-    whole = score(model) if score is not None else None
     for (method, role), parts in groups.items():
         own = [means[id(p)] for p in parts]
-        loss = None
-        if score is not None and whole is not None:
-            loss = whole - _without(model, state, record, parts, score)
         rows.append(
             {
                 "method": method, "module": role, "layers": [p.site.layer for p in parts],
                 "mean": sum(r["mean"] for r in own) / len(own), "std": sum(r["std"] for r in own) / len(own),
                 "parameters": sum(q.numel() for p in parts for k, q in p.named_parameters() if not k.startswith("gate.")),
-                "loss": loss, "kept": True, "key": (method, role),
+                "loss": losses[method, role], "kept": True,
             }
         )  # fmt: skip
+    _choose(rows, keep, threshold)
+    kept = {(r["method"], r["module"]) for r in rows if r["kept"]}
+    stay = [p for p in record.parts if p.gate is None or (p.method_name, p.site.role) in kept]
+    before = sum(q.numel() for p in record.parts for q in p.parameters())
+    undo = _remember(model, state, record)
+    try:
+        _rebuild(model, state, record, stay, means)
+        if retune is not None:
+            retune(model)
+    except BaseException:
+        undo()
+        raise
+    after = sum(q.numel() for p in record.parts for q in p.parameters())
+    return SettleReport(record.plan, rows, before, after, name)
+
+
+def _check(keep: Any, threshold: Any) -> None:
+    number = keep is None or (finite(keep) and keep > 0 and (isinstance(keep, int) or keep <= 1))
+    if not number:
+        raise PlanError(f"keep={short(keep)}", fix="Give a number of groups, as 2, or a share of the parameters, as 0.5")
+    if not finite(threshold):
+        raise PlanError(f"threshold={short(threshold)}", fix="Give a number from 0 to 1")
+
+
+def _choose(rows: list[dict[str, Any]], keep: int | float | None, threshold: float) -> None:
+    """Mark the rows that are kept. Raises: PlanError where none would be."""
     ranked = sorted(rows, key=lambda r: (r["loss"] if r["loss"] is not None else r["mean"], r["mean"]), reverse=True)
     room = sum(r["parameters"] for r in rows) * keep if isinstance(keep, float) else None
     used = 0
@@ -111,17 +140,47 @@ def settle(
             r["kept"] = r["kept"] and used + r["parameters"] <= room
             used += r["parameters"] if r["kept"] else 0
     if not any(r["kept"] for r in rows):
-        raise PlanError("nothing would be left", fix=f"The largest mean gate is {max(r['mean'] for r in rows):.3f}; keep at least one group")
-    before = sum(q.numel() for p in record.parts for q in p.parameters())
-    kept = {r["key"] for r in rows if r["kept"]}
-    stay = [p for p in record.parts if p.gate is None or (p.method_name, p.site.role) in kept]
-    _rebuild(model, state, record, stay, means)
-    if retune is not None:
-        retune(model)
-    after = sum(q.numel() for p in record.parts for q in p.parameters())
-    for r in rows:
-        del r["key"]
-    return SettleReport(record.plan, rows, before, after, name)
+        best = f"the largest mean gate is {max(r['mean'] for r in rows):.3f}"
+        least = f"the smallest group is {min(r['parameters'] for r in rows) / sum(r['parameters'] for r in rows):.3f} of the gated parameters"
+        raise PlanError("nothing would be left", fix=f"Keep at least one group: {best}, {least}")
+
+
+def _losses(model: nn.Module, state: Any, record: Record, groups: dict[Any, list[Any]], score: Callable[[nn.Module], float]) -> dict[Any, float]:
+    """What removing each group takes from the score, with this adapter in use."""
+    active = state.active
+    try:
+        if record.name not in active:
+            state.active = (record.name,)
+            state.refresh()
+        whole = float(score(model))
+        out = {key: whole - float(_without(model, state, record, parts, score)) for key, parts in groups.items()}
+    finally:
+        if state.active != active:
+            state.active = active
+            state.refresh()
+    for key, loss in out.items():
+        if not math.isfinite(loss):
+            raise PlanError(f"the score without {' at '.join(key)} is not a finite number", fix="Let score return a number, higher for better")
+    return out
+
+
+def _remember(model: nn.Module, state: Any, record: Record) -> Callable[[], None]:
+    """A function that gives the record its parts, gates, numbers and plan of now back."""
+    plan, parts = record.plan, list(record.parts)
+    own = [(p, p.gate, p.published, p.term, p.stage, {k: v.detach().clone() for k, v in p.named_parameters()}) for p in parts]
+
+    def undo() -> None:
+        uninstall(model, state, record)
+        for p, gate, p.published, p.term, p.stage, values in own:
+            p.gate = gate
+            with torch.no_grad():
+                for k, v in p.named_parameters():
+                    v.copy_(values[k])
+        record.plan, record.parts = plan, parts
+        install(model, state, record)
+        state.refresh()
+
+    return undo
 
 
 def _without(model: nn.Module, state: Any, record: Record, parts: list[Any], score: Callable[[nn.Module], float]) -> float:
@@ -148,6 +207,13 @@ def _rebuild(model: nn.Module, state: Any, record: Record, stay: list[Any], mean
             p.published = p.published and p.gate is not None
     record.parts = stay
     record.plan = _static(model, record.plan, stay)
+    terms, old = list(record.plan.terms()), sorted({p.term for p in stay})
+    for p in stay:
+        p.term = old.index(p.term)
+        p.stage = terms[p.term].stage
+    again = [(q.site, q.method_name) for q in make_parts(model, record.plan, blank=True)]
+    if again != [(p.site, p.method_name) for p in stay]:
+        raise PlanError(f"what is left cannot be written as a plan of this model: {record.plan}", fix="Keep other groups")
     install(model, state, record)
     state.refresh()
 
@@ -184,12 +250,9 @@ def _static(model: nn.Module, plan: Plan, parts: list[Any]) -> Plan:
                 return Gated(method, per="constant", gate=term.gate.gate)
         return method
 
-    from .attach import make_parts
-
-    with torch.random.fork_rng(devices=[]):
-        term_count: dict[int, int] = {}
-        for q in make_parts(model, plan):
-            term_count[q.term] = term_count.get(q.term, 0) + 1
+    term_count: dict[int, int] = {}
+    for q in make_parts(model, plan, blank=True):
+        term_count[q.term] = term_count.get(q.term, 0) + 1
     out = walk(plan)
     assert out is not None
     return out

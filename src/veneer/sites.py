@@ -192,12 +192,12 @@ def _split(text: str, pattern: str) -> list[str]:
         elif c == "}":
             depth -= 1
             if depth < 0:
-                raise SiteError(f"'}}' without '{{' in {pattern!r} at position {i}", fix="Braces come in pairs: 'attn.{q,v}'")
+                raise SiteError(f"'}}' without '{{' in {_short(pattern)!r} at position {i}", fix="Braces come in pairs: 'attn.{q,v}'")
         elif c == "," and (depth == 0 or i == len(text)):
             if depth:
-                raise SiteError(f"'{{' is never closed in {pattern!r}", fix="Braces come in pairs: 'attn.{q,v}'")
+                raise SiteError(f"'{{' is never closed in {_short(pattern)!r}", fix="Braces come in pairs: 'attn.{q,v}'")
             if not text[start:i].strip():
-                raise SiteError(f"empty member in {pattern!r}" if pattern.strip() else "empty pattern", fix="For example 'attn.{q,v}'")
+                raise SiteError(f"empty member in {_short(pattern)!r}" if pattern.strip() else "empty pattern", fix="For example 'attn.{q,v}'")
             out.append(text[start:i])
             start = i + 1
         i += 1
@@ -235,16 +235,16 @@ def _member(text: str, pattern: str) -> Member:
         try:
             re.compile(regex)
         except re.error as e:
-            raise SiteError(f"{regex!r} is not a regular expression: {e}", where=pattern) from None
+            raise SiteError(f"{regex!r} is not a regular expression: {e}", where=_short(pattern)) from None
         if not regex:
-            raise SiteError(f"name: needs a regular expression in {pattern!r}", fix=r"For example name:.*\.q_proj")
+            raise SiteError(f"name: needs a regular expression in {_short(pattern)!r}", fix=r"For example name:.*\.q_proj")
         return Member(text, regex=regex, tower=tower, exclude=exclude)
     body, at, layers = body.partition("@")
     if at:
         _layers(layers.strip(), 1, pattern)
     tower, slash, role = body.rpartition("/")
     if (slash and not tower.strip()) or not role.strip():
-        raise SiteError(f"{text!r} names no role" if not role.strip() else f"{text!r} names no tower before '/'", where=pattern)
+        raise SiteError(f"{text!r} names no role" if not role.strip() else f"{text!r} names no tower before '/'", where=_short(pattern))
     return Member(text, role.strip(), "", tower.strip(), layers.strip(), exclude)
 
 
@@ -264,7 +264,9 @@ def _layers(text: str, count: int, pattern: str) -> set[int]:
             raise ValueError
         return set(range(count)[slice(*(int(p) if p.strip() else None for p in parts))])
     except ValueError:
-        raise SiteError(f"'@{text}' is not a layer, a slice or a list of layers", where=pattern, fix="Write @3, @8:, @:4, @-2:, @::2 or @{0,5}") from None
+        raise SiteError(
+            f"'@{text}' is not a layer, a slice or a list of layers", where=_short(pattern), fix="Write @3, @8:, @:4, @-2:, @::2 or @{0,5}"
+        ) from None
 
 
 def _match(m: Member, here: list[Site], *, tower: bool = True, layers: bool = True) -> set[int]:
@@ -307,7 +309,7 @@ def _role(role: str, s: Site) -> bool:
 
 def _nothing(m: Member, here: list[Site], port: str, whole: str = "") -> SiteError:
     """The error for a member that matches nothing: which part of it fails, and what there is instead."""
-    what = f"{m.text!r} matches nothing on the {port} port" + (f" (of the pattern {whole!r})" if whole else "")
+    what = f"{_short(m.text)!r} matches nothing on the {port} port" + (f" (of the pattern {_short(whole)!r})" if whole else "")
     if m.tower and _match(m, here, tower=False):
         towers = list(dict.fromkeys(s.tower for s in here if s.tower))
         if not any(fnmatchcase(t, m.tower) for t in towers):

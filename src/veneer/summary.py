@@ -22,6 +22,7 @@ class Summary:
     trainable: int
     total: int
     active: tuple[str, ...]
+    merged: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -30,7 +31,7 @@ class Summary:
     def __str__(self) -> str:
         head = ("adapter", "method", "role", "sites", "parameters", "share of base")
         body = [
-            (r["adapter"] + ("" if r["adapter"] in self.active else " (off)"), r["method"], r["role"] or "-", str(r["sites"]),
+            (r["adapter"] + ("" if r["adapter"] in self.active else " (merged)" if r["adapter"] in self.merged else " (off)"), r["method"], r["role"] or "-", str(r["sites"]),
              f"{r['parameters']:,}", f"{100 * r['share']:.4f}%")
             for r in self.rows
         ]  # fmt: skip
@@ -44,7 +45,8 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """The attached adapters: sites, parameters and their share of the base. Works on the meta device.
+    """The attached adapters: sites, trainable parameters and their share of the base's, for each method and role; a
+    plan's gates have rows of their own. Works on the meta device, so a plan can be measured before a model is loaded.
 
     Raises: AdapterError where nothing is attached.
     """
@@ -70,4 +72,4 @@ def summary(model: nn.Module) -> Summary:
                         trainable += p.numel() if name in state.active else 0
         for (method, role), (sites, count) in table.items():
             rows.append({"adapter": name, "method": method, "role": role, "sites": sites, "parameters": count, "share": count / total if total else 0.0})
-    return Summary(rows, trainable, total, state.active)
+    return Summary(rows, trainable, total, state.active, state.merged.names if state.merged is not None else ())

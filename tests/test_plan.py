@@ -1,0 +1,229 @@
+"""Plans are values: the algebra's laws, strict reading and writing, and refusals that name the nearest."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pickle
+import random
+from typing import Any
+
+import pytest
+import yaml
+
+import veneer as vn
+from helpers import refuses
+from veneer.plan import Gated, Stack, Sum, Term
+from veneer.presets import _presets
+
+A, B, C = vn.LoRA(4), vn.IA3(), vn.Bottleneck(8)
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{}, {"r": 3, "alpha": 5.5, "dropout": 0.25, "init": "gaussian", "at": "linear,!ffn.*@{0,2}"}, {"alpha": 7}],
+    "ia3": [{}, {"at": "attn.{q,k}", "on": "input"}, {"on": "output"}],
+    "bitfit": [{}, {"at": "norm"}],
+    "bottleneck": [{"size": 4}, {"reduction": 2.5, "parallel": True, "activation": "gelu", "scale": "learnt", "norm": True, "dropout": 0.1, "at": "attn,ffn"}],
+    "prefix": [{}, {"length": 3, "reparameterize": 9, "init_std": 0.5, "at": "cross"}],
+    "prompt": [{}, {"length": 4, "init": "vocab", "before_cls": True, "at": "embed"}, {"length": None, "init": "text", "text": "Ein Täxt: 'quoted'\n"}],
+    "full": [{}, {"at": "norm"}, {"at": None}],
+}
+GATES = [{}, {"per": "token", "gate": "published", "bias": -2.5, "temperature": 0.5}, {"per": "constant"}]
+
+
+def methods() -> list[vn.Plan]:
+    found = {m.name: m.cls for m in vn.methods()}
+    return [found[name](**o) for name, options in OPTIONS.items() if name in found for o in options]
+
+
+def some(dice: random.Random, depth: int = 3, gates: bool = True) -> vn.Plan:
+    """A plan at random: of up to `depth` levels."""
+    pick = dice.random()
+    if depth == 0 or pick < 0.3:
+        return dice.choice(methods())
+    if pick < 0.6:
+        return some(dice, depth - 1, gates) + some(dice, depth - 1, gates)
+    if pick < 0.85 or not gates:
+        return some(dice, depth - 1, gates) >> some(dice, depth - 1, gates)
+    return vn.gated(some(dice, depth - 1, False), **dice.choice(GATES))
+
+
+PLANS = [*methods(), *(make() for make in _presets().values()), *(some(random.Random(i)) for i in range(60))]
+
+
+# -- laws -------------------------------------------------------------------------------------------------------------
+def test_every_method_is_here() -> None:
+    assert {m.name for m in vn.methods()} == set(OPTIONS), "give the new method a line in OPTIONS"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_laws(seed: int) -> None:
+    dice = random.Random(seed)
+    a, b, c = (some(dice, 2) for _ in range(3))
+    for one, two in (((a + b) + c, a + (b + c)), ((a >> b) >> c, a >> (b >> c))):
+        assert one == two and hash(one) == hash(two) and repr(one) == repr(two)
+    for plan, kind in ((a + b + c, Sum), (a >> b >> c, Stack)):
+        assert isinstance(plan, kind) and not any(isinstance(m, kind) for m in plan.members)
+        assert list(plan.leaves()) == [*a.leaves(), *b.leaves(), *c.leaves()]
+    assert (a >> b).depth() == a.depth() + b.depth()
+    assert (a + b).depth() == max(a.depth(), b.depth())
+    assert {a: 1}[vn.Plan.from_dict(a.to_dict())] == 1
+    plain = some(dice, 2, gates=False)
+    assert [(t.method, t.stage) for t in vn.gated(plain).terms()] == [(t.method, t.stage) for t in plain.terms()]
+    assert all(t.gate is not None and t.gate.per == "token" for t in vn.gated(plain, per="token").terms())
+
+
+def test_stages() -> None:
+    assert [t.stage for t in (A + B >> C).terms()] == [0, 0, 1]
+    assert [t.stage for t in (A >> B >> C).terms()] == [0, 1, 2]
+    assert [t.stage for t in ((A >> B) + C).terms()] == [0, 1, 0]
+    assert [t.stage for t in (((A >> B) + C) >> A).terms()] == [0, 1, 0, 2]
+    assert next(iter(A.terms())) == Term(A, 0, None)
+    assert A + B != B + A and A + B != A >> B and A != vn.LoRA(5) and A == vn.LoRA(4)
+
+
+def test_plans_do_not_change() -> None:
+    for plan in (A, A + B, A >> B, vn.gated(A)):
+        for field in dataclasses.fields(plan):  # type: ignore[arg-type]
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(plan, field.name, 1)
+        given = plan.to_dict()
+        copy = json.dumps(given)
+        made = vn.Plan.from_dict(given)
+        assert json.dumps(given) == copy and made == plan
+        given.clear()
+        assert made == plan == pickle.loads(pickle.dumps(plan))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: str(p)[:40])
+def test_round_trips(plan: vn.Plan) -> None:
+    for there, back in ((json.dumps, json.loads), (yaml.safe_dump, yaml.safe_load)):
+        again = vn.Plan.from_dict(back(there(plan.to_dict())))
+        assert again == plan and hash(again) == hash(plan)
+        assert again.to_dict() == plan.to_dict()
+    names = {n: getattr(vn, n) for n in vn.__all__}
+    assert eval(str(plan), names) == plan  # printed as the Python that makes it
+
+
+def test_str() -> None:
+    assert str(vn.preset("unipelt-apl")) == "gated(Bottleneck(size=48) + Prefix() + LoRA(alpha=16))"
+    assert str((A + B) >> C) == "(LoRA(r=4) + IA3()) >> Bottleneck(size=8)"
+    assert str((A >> B) + C) == "(LoRA(r=4) >> IA3()) + Bottleneck(size=8)"
+    assert repr(vn.gated(A, per="constant")) == "gated(LoRA(r=4), per='constant')"
+
+
+# -- what from_dict takes ---------------------------------------------------------------------------------------------
+def test_from_dict_takes() -> None:
+    read = vn.Plan.from_dict
+    assert read("unipelt-apl") == vn.preset("unipelt-apl")
+    assert read(A) is A
+    assert read([{"method": "lora", "r": 4}, "ia3"]) == A + B
+    assert read([{"method": "lora", "r": 4}]) == A == read({"sum": [{"method": "lora", "r": 4}]})
+    assert read({"stack": ["ia3", {"sum": ["ia3", "bitfit"]}]}) == B >> (B + vn.BitFit())
+    assert read({"sum": [{"sum": ["ia3", "bitfit"]}, "ia3"]}) == B + vn.BitFit() + B
+    assert read({"gated": ["ia3", "bitfit"], "per": "token"}) == vn.gated(B + vn.BitFit(), per="token")
+    assert read({"gated": "lora", "bias": 1}) == vn.gated(vn.LoRA(8), bias=1.0)
+
+
+BAD: list[tuple[Any, str, str]] = [
+    ({"method": "lorra"}, "no method 'lorra'", "'lora'"),
+    ({"method": "LoRA"}, "no method 'LoRA'", "lora"),
+    ({"method": None}, "no method None", "lora"),
+    ({"method": {}}, "no method", "lora"),
+    ({"method": "lora", "rnk": 3}, "lora has no option 'rnk'", "Did you mean 'r'|Known here: 'r'"),
+    ({"method": "lora", "dropuot": 3}, "no option 'dropuot'", "Did you mean 'dropout'"),
+    ({"method": "lora", 3: 3}, "no option 3", "Known here"),
+    ({"method": "lora", "r": 0}, "LoRA: r must be a whole number", "not 0"),
+    ({"method": "lora", "r": True}, "whole number", "not True"),
+    ({"method": "lora", "r": 8.0}, "whole number", "not 8.0"),
+    ({"method": "lora", "r": None}, "whole number", "not None"),
+    ({"method": "lora", "init": "kaimin"}, "init is 'kaimin'", "Did you mean 'kaiming'"),
+    ({"method": "lora", "init": ["kaiming"]}, "init is", ""),
+    ({"method": "lora", "at": ""}, "at must be a pattern", ""),
+    ({"method": "lora", "at": ["attn.q"]}, "at must be a pattern", ""),
+    ({"method": "lora", "dropout": 1.0}, "from 0 up to", "not 1.0"),
+    ({"method": "lora", "alpha": float("inf")}, "finite number", "inf"),
+    ({"method": "bottleneck"}, "either size or reduction", r"vn\.Bottleneck\(48\)"),
+    ({"method": "bottleneck", "size": 4, "reduction": 4}, "either size or reduction", ""),
+    ({"method": "bottleneck", "reduction": -1}, "reduction must be positive", "-1"),
+    ({"method": "bottleneck", "size": 4, "parallel": "false"}, "parallel must be True or False", "'false'"),
+    ({"method": "bottleneck", "size": 4, "norm": 1}, "norm must be True or False", "1"),
+    ({"method": "bottleneck", "size": 4, "scale": "learned"}, "a number or 'learnt'", "'learned'"),
+    ({"method": "bottleneck", "size": 4, "activation": "geluu"}, "activation is 'geluu'", "Did you mean 'gelu'"),
+    ({"method": "prefix", "length": -1}, "length must be a whole number", "-1"),
+    ({"method": "prefix", "init_std": -1.0}, "init_std must not be negative", "-1"),
+    ({"method": "prompt", "init": "text"}, "go together", "Give both"),
+    ({"method": "prompt", "text": 3, "init": "text"}, "text must be a string", "3"),
+    ({"method": "prompt", "before_cls": "no"}, "before_cls must be True or False", ""),
+    ({"method": "prompt", "length": None}, "only with init='text'", ""),
+    ({"method": "lora", "sum": []}, "exactly one of", "mapping of its own"),
+    ({"methd": "lora"}, "exactly one of", "Did you mean 'method'"),
+    ({}, "exactly one of.*not nothing", ""),
+    ([], "takes a list of plans, not", ""),
+    ({"sum": []}, "takes a list of plans", ""),
+    ({"sum": {"method": "lora"}}, "takes a list of plans", ""),
+    ({"sum": ["lora"], "per": "token"}, "'sum' has no option 'per'", "stands alone"),
+    ({"gated": "lora", "pre": "token"}, "'gated' has no option 'pre'", "Did you mean 'per'"),
+    ({"gated": "lora", "per": "tokens"}, "per is 'tokens'", "Did you mean 'token'"),
+    ({"gated": "lora", "per": []}, r"per is \[\]", "example"),
+    ({"gated": "lora", "gate": "publish"}, "gate is 'publish'", "Did you mean 'published'"),
+    ({"gated": "lora", "bias": "0"}, "bias must be a finite number", "'0'"),
+    ({"gated": "lora", "temperature": 0}, "temperature must be positive", "0"),
+    ({"gated": {"gated": "lora"}}, "gate within a gate", "Gate the whole plan once"),
+    ("unipelt-alp", "no preset 'unipelt-alp'", "'unipelt-apl'"),
+    (3, "a mapping, a list or a preset's name, not 3", ""),
+    (None, "not None", ""),
+    (10**5000, "without end", ""),
+    ("x" * 10**6, "no preset 'xxx", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "what", "fix"), BAD, ids=lambda v: str(v)[:30] if not isinstance(v, int) else "n")
+def test_bad_plans(data: Any, what: str, fix: str) -> None:
+    with refuses(vn.PlanError, what, fix):
+        vn.Plan.from_dict(data)
+
+
+def test_the_place_is_named() -> None:
+    for bad in ({"method": "lora", "r": 0}, {"gated": "lora", "per": "x"}, {"method": "x"}, {"y": 1}, "nopreset", 3):
+        with refuses(vn.PlanError, r"\[cfg\.yaml\.sum\[1\]\.stack\[0\]"):
+            vn.Plan.from_dict(["lora", {"stack": [bad, "ia3"]}], where="cfg.yaml")
+
+
+def test_nesting_has_an_end() -> None:
+    for key in ("sum", "stack"):
+        plan: Any = "lora"
+        for _ in range(2000):
+            plan = {key: [plan, "ia3"]}
+        with refuses(vn.PlanError, "nested more than 32 deep"):
+            vn.Plan.from_dict(plan)
+
+
+def test_operators_take_plans() -> None:
+    for other in (3, "lora", None, [A]):
+        with refuses(vn.PlanError, r"\+ takes plans", "vn.LoRA"):
+            A + other  # type: ignore[operator]
+        with refuses(vn.PlanError, ">> takes plans"):
+            A >> other  # type: ignore[operator]
+        with refuses(vn.PlanError, "gated takes plans"):
+            vn.gated(other)  # type: ignore[arg-type]
+
+
+def test_presets() -> None:
+    for name, make in _presets().items():
+        assert vn.preset(name) == make() == vn.Plan.from_dict(name)
+        assert name in (vn.preset.__doc__ or ""), f"{name} is not in the docstring"
+    for a, b in itertools.combinations(_presets(), 2):
+        assert vn.preset(a) != vn.preset(b)
+    with refuses(vn.PlanError, "no preset 'mame'", "Did you mean 'mam'"):
+        vn.preset("mame")
+    with refuses(vn.PlanError, r"no preset \[\]"):
+        vn.preset([])  # type: ignore[arg-type]
+    assert isinstance(vn.preset("unipelt-ap"), Gated)
+
+
+def test_what_has_no_deviation_takes_no_gate() -> None:
+    class Whole(vn.Full):
+        name, gateable = "whole", False
+
+    with refuses(vn.PlanError, "whole replaces tensors", r"vn\.gated\(\.\.\.\) \+ vn\.Whole"):
+        vn.gated(A + Whole())
