@@ -37,7 +37,8 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None) -> Merged:
     are kept, so vn.unmerge restores them bit for bit. Until then no other adapter is active. What rounding lost is in the
     `error` of the answer.
 
-    Raises: AdapterError for an unknown name or one named twice; CapabilityError for a method or gate that is not linear in the weights, naming it; MergeError for a base whose
+    Raises: AdapterError for an unknown name or one named twice; CapabilityError for a method or gate that is not linear
+    in the weights, naming it; MergeError where something is merged already, for a base whose
     weights cannot be had (quantised), for weights tied to others, for an adapter with NaN or infinity, and for a result
     beyond the range of the base's dtype. Then the model is as before.
     """

@@ -28,10 +28,13 @@ class Summary:
     def share(self) -> float:
         return self.trainable / self.total if self.total else 0.0
 
+    def _mark(self, name: str) -> str:
+        return "" if name in self.active else " (merged)" if name in self.merged else " (off)"
+
     def __str__(self) -> str:
         head = ("adapter", "method", "role", "sites", "parameters", "share of base")
         body = [
-            (r["adapter"] + ("" if r["adapter"] in self.active else " (merged)" if r["adapter"] in self.merged else " (off)"), r["method"], r["role"] or "-", str(r["sites"]),
+            (r["adapter"] + self._mark(r["adapter"]), r["method"], r["role"] or "-", str(r["sites"]),
              f"{r['parameters']:,}", f"{100 * r['share']:.4f}%")
             for r in self.rows
         ]  # fmt: skip
