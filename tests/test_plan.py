@@ -23,7 +23,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ia3": [{}, {"at": "attn.{q,k}", "on": "input"}, {"on": "output"}],
     "bitfit": [{}, {"at": "norm"}],
     "bottleneck": [{"size": 4}, {"reduction": 2.5, "parallel": True, "activation": "gelu", "scale": "learnt", "norm": True, "dropout": 0.1, "at": "attn,ffn"}],
-    "prefix": [{}, {"length": 3, "reparameterize": 9, "init_std": 0.5, "at": "cross"}],
+    "prefix": [{}, {"length": 3, "reparameterize": 9, "init_std": 0.5, "positions": True, "at": "cross"}],
     "prompt": [{}, {"length": 4, "init": "vocab", "before_cls": True, "at": "embed"}, {"length": None, "init": "text", "text": "Ein Täxt: 'quoted'\n"}],
     "full": [{}, {"at": "norm"}, {"at": None}],
 }
