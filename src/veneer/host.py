@@ -235,9 +235,11 @@ class Host:
         return y
 
     def _inward(self, parts: list[Part], x: Tensor, frame: Frame) -> Tensor:
-        total = x
-        for part in parts:
-            total = self._add(total, part, lambda a, _, p=part: p.inward(a), x, x, frame, None)
+        total, seen, stage = x, x, 0
+        for part in sorted(parts, key=lambda p: p.stage):
+            if part.stage != stage:
+                seen, stage = total, part.stage
+            total = self._add(total, part, lambda a, _, p=part: p.inward(a), seen, seen, frame, None)
         return total
 
     def _outward(self, parts: list[Part], x: Tensor, y: Tensor, frame: Frame) -> Tensor:

@@ -157,7 +157,7 @@ def _groups(parts: list[Part]) -> list[list[Part]]:
     """Parts that see the same weights: same tensor, phase and stage."""
     out: dict[Any, list[Part]] = {}
     for p in parts:
-        phase = (p.acts, p.stage if p.acts == "output" else 0)
+        phase = (p.acts, p.stage if p.acts != "tensor" else 0)
         out.setdefault((p.site.path, p.site.tensor or "weight", phase), []).append(p)
     return list(out.values())
 
