@@ -30,11 +30,11 @@ class PlanError(VeneerError, ValueError):
 
 
 class SiteError(VeneerError, ValueError):
-    """A pattern or a port that this model does not have."""
+    """A pattern that cannot be read or matches nothing, or a port that this model does not have."""
 
 
 class AdapterError(VeneerError, KeyError):
-    """A name that is not attached, or is attached already."""
+    """A name that is not attached or is attached already, or adapters in a state that forbids what was asked."""
 
 
 class CapabilityError(VeneerError, TypeError):
@@ -42,7 +42,7 @@ class CapabilityError(VeneerError, TypeError):
 
 
 class MergeError(VeneerError, RuntimeError):
-    """Weights that cannot be folded or unfolded."""
+    """Weights that cannot be folded or unfolded: quantised, tied, not finite, merged already or not at all."""
 
 
 class StoreError(VeneerError, ValueError):
@@ -50,7 +50,7 @@ class StoreError(VeneerError, ValueError):
 
 
 class ConfigError(VeneerError, ValueError):
-    """A configuration or command line that cannot be honoured."""
+    """A configuration or command line that cannot be honoured; `where` names the file or the option."""
 
 
 class DataError(VeneerError, ValueError):

@@ -59,7 +59,8 @@ def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> 
     Padding does not count, and each example's gate is the same whatever else is in its batch. A constant gate is counted
     once a call. Where no batch reaches a part its mean is NaN and its n is 0.
 
-    Raises: AdapterError for an unknown name or while adapters are merged; CapabilityError where the plan has no gates or `batches` is empty.
+    Raises: AdapterError for an unknown name or while adapters are merged; CapabilityError where the plan has no gates or
+    `batches` is empty.
     """
     state = state_of(model)
     if state.merged is not None:

@@ -44,7 +44,8 @@ class Site:
             'embedding' (V x d; out = d, in = V), 'tensor' (a 2-D parameter that its module's forward reads itself, as
             nn.MultiheadAttention's in_proj_weight; out x in) or 'experts' (a 3-D parameter E x out x in, or
             E x in x out where `transposed`). `tensor` names the parameter, `out` and `inp` are the sizes of the part
-            that the site covers, `enter` (where given) the module that reads it, `slice` says which part of the output dimension that is (None: all of it).
+            that the site covers, `enter` (where given) the module that reads it, `slice` says which part of the output
+            dimension that is (None: all of it).
     param   `tensor` is the name of a parameter of `path`, of `shape`.
     hidden  h is what `path` returns, x is the first input of `enter`; both have `width` channels.
     kv      `path` is the attention module, x the first input of `enter`; `heads` key/value heads of `head_dim`;
