@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import veneer as vn
+from veneer.files import digest
 from zoo import ZOO, loss, output
 
-__all__ = ["build", "fresh", "grads", "loss", "look", "output", "refuses", "shake", "unchanged", "visible"]
+__all__ = ["loss", "output"]  # the zoo's, handed on
+
 
 # one of each port and every way that a part acts, on a model with all ports
 MIXED = [
@@ -97,3 +102,35 @@ def refuses(error: type[vn.VeneerError], *texts: str, model: nn.Module | None = 
     for text in texts:
         assert re.search(text, message), f"{text!r} is not in {message!r}"
     assert "\n" not in message and len(message) < 1200, message
+
+
+# -- files --------------------------------------------------------------------------------------------------------------
+def config_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "adapter.json").read_text())
+
+
+def weights_of(path: Path) -> Path:
+    return path / config_of(path)["weights"]
+
+
+def rewrite(source: Path, to: Path, change: Any = None, tensors: Any = None) -> Path:
+    """A copy of an adapter, consistent in its digest and list, with its configuration or tensors changed."""
+    to.mkdir(parents=True, exist_ok=True)
+    config = config_of(source)
+    if tensors is not None:
+        config["tensors"] = {k: [str(v.dtype).removeprefix("torch."), list(v.shape)] for k, v in tensors.items()}
+        save_file(tensors, to / config["weights"])
+    else:
+        (to / config["weights"]).write_bytes(weights_of(source).read_bytes())
+    config["sha256"] = digest((to / config["weights"]).read_bytes())
+    if change is not None:
+        change(config)
+    (to / "adapter.json").write_text(json.dumps(config))
+    return to
+
+
+def save_mixed(path: Path) -> Path:
+    """An adapter of every port, saved in `path`."""
+    model = build()
+    shake(vn.attach(model, MIXED, name="a"))
+    return vn.save(model, path)
