@@ -204,7 +204,10 @@ for line in sys.stdin:  # a forked child for each kill: starting Python anew wou
             process.stdin.write("go\n")
             process.stdin.flush()
             child = int(process.stdout.readline())
-            time.sleep(dice.random() * 0.12)
+            time.sleep(dice.random() * 0.06)
+            vn.load(model, tmp_path, name="y")  # while it saves: what was there before, or what is there now
+            vn.detach(model)
+            time.sleep(dice.random() * 0.06)
             os.kill(child, signal.SIGKILL)
             assert process.stdout.readline() == "dead\n"
             adapter = vn.load(model, tmp_path, name="x")
