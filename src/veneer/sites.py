@@ -235,8 +235,13 @@ def _member(text: str, pattern: str) -> Member:
         tower, regex = found.group()[:-5].rstrip("/"), body[found.end() :]
         try:
             re.compile(regex)
-        except re.error as e:
-            raise SiteError(f"{regex!r} is not a regular expression: {e}", where=_short(pattern)) from None
+        except (re.error, RecursionError, OverflowError) as e:
+            raise SiteError(f"{_short(regex)!r} is not a regular expression: {e}", where=_short(pattern)) from None
+        if _runs_away(regex):
+            raise SiteError(
+                f"{_short(regex)!r} could run for ever: repetition within repetition, or over {MOST_REPEATS} times '*', '+' or '{{n,}}'",
+                fix=r"Plain '.*' will do: name:.*\.q_proj",
+            )
         if not regex:
             raise SiteError(f"name: needs a regular expression in {_short(pattern)!r}", fix=r"For example name:.*\.q_proj")
         return Member(text, regex=regex, tower=tower, exclude=exclude)
@@ -247,6 +252,30 @@ def _member(text: str, pattern: str) -> Member:
     if (slash and not tower.strip()) or not role.strip():
         raise SiteError(f"{text!r} names no role" if not role.strip() else f"{text!r} names no tower before '/'", where=_short(pattern))
     return Member(text, role.strip(), "", tower.strip(), layers.strip(), exclude)
+
+
+MOST_REPEATS = 5
+
+
+def _runs_away(regex: str) -> bool:
+    """Whether matching could take time without bound: a repeated group with a choice or a repetition in it, or many
+    repetitions in a row. Python's matcher has no limit of its own, and a pattern may come from a file."""
+    text = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", regex)  # escapes and character classes are one character each
+    repeats = 0
+    groups = [False]  # for each open group, whether it holds a choice or a repetition
+    for i, c in enumerate(text):
+        many = re.match(r"[*+]|\{\d*,\d*\}|\{\d{2,}\}", text[i:]) is not None
+        if c == "(":
+            groups.append(False)
+        elif c == ")" and len(groups) > 1:
+            inside = groups.pop()
+            if inside and re.match(r"[*+]|\{\d*,|\{\d", text[i + 1 :]):
+                return True
+            groups[-1] = groups[-1] or inside
+        elif c == "|" or many:
+            repeats += many
+            groups[-1] = True
+    return repeats > MOST_REPEATS
 
 
 def _layers(text: str, count: int, pattern: str) -> set[int]:
