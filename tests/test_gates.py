@@ -49,7 +49,7 @@ def test_padding_does_not_count(kind: str, left: bool, per: str) -> None:
     assert set(together) == set(alone[0])
     for key, mean in together.items():
         assert mean == pytest.approx((alone[0][key] + alone[1][key]) / 2, abs=2e-5), key
-        assert alone[0][key] != pytest.approx(alone[1][key], abs=1e-4), "these two examples have gates of their own"
+    assert max(abs(alone[0][k] - alone[1][k]) for k in together) > 1e-2, "these two examples have gates of their own"
     other = means(model, padded([long * 2], left))
     for key, mean in more.items():
         assert mean == pytest.approx((alone[0][key] + other[key]) / 2, abs=2e-5), key
