@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import veneer as vn
+from helpers import refuses
 from veneer import errors
 from veneer.errors import did_you_mean, nearest
 
@@ -63,6 +64,11 @@ def test_every_function_says_what_it_raises(name: str) -> None:
     doc = inspect.getdoc(getattr(vn, name)) or ""
     named = [c.__name__ for c in CLASSES if c.__name__ in doc]
     assert "Raises:" in doc and named, f"vn.{name}"
+
+
+def test_an_optimiser_needs_something_to_train() -> None:
+    with refuses(vn.AdapterError, "nothing here is trainable", "vn.attach"):
+        vn.adamw([])
 
 
 @pytest.mark.parametrize("record", vn.methods(), ids=lambda r: r.name)

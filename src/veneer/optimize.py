@@ -107,10 +107,14 @@ def _compile(model: nn.Module, options: dict[str, Any]) -> Any:
 
 
 def adamw(params: nn.Module | Iterable[Tensor], lr: float = 1e-4, **options: Any) -> torch.optim.Optimizer:
-    """torch's AdamW over what is trainable, as one kernel for all tensors where their device has it.
+    """AdamW (torch's own) over what is trainable, as one kernel for all tensors where their device has it.
 
     params    a model (its trainable parameters are taken) or parameters; options as torch.optim.AdamW
+
+    Raises: AdapterError where nothing is trainable.
     """
     own = [p for p in (params.parameters() if isinstance(params, nn.Module) else params) if p.requires_grad]
+    if not own:
+        raise AdapterError("nothing here is trainable", fix="Attach a plan first: vn.attach(model, plan, name='mine')")
     fused = all(p.device.type in ("cuda", "cpu", "xpu") and p.is_floating_point() for p in own)
     return torch.optim.AdamW(own, lr=lr, **{"fused": fused, **options})
