@@ -75,7 +75,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         if not equals or not key:
             raise ConfigError(f"{item!r} is not key=value", fix="For example learning_rate=1e-3 or data.limit=500")
         target = data
-        *outer, last = key.split(".")
+        *outer, last = str(key).split(".")
         for name in outer:
             target = target.setdefault(name, {})
             if not isinstance(target, dict):
@@ -108,5 +108,5 @@ def make_config(data: dict[str, Any], where: str = "configuration") -> TrainConf
         place = ".".join(str(p) for p in first["loc"])
         if first["type"] == "extra_forbidden":
             fields = DataConfig.model_fields if len(first["loc"]) > 1 else TrainConfig.model_fields
-            raise ConfigError(f"there is no key {place!r}", where=where, fix=did_you_mean(str(first["loc"][-1]), fields)) from None
+            raise ConfigError(f"there is no key {place!r}", where=where, fix=did_you_mean(place.rpartition(".")[2], fields)) from None
         raise ConfigError(f"{place}: {first['msg'].lower()}, not {first.get('input')!r}"[:300], where=where) from None

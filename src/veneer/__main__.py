@@ -1,0 +1,5 @@
+"""`python -m veneer`."""
+
+from .cli import main
+
+main()
