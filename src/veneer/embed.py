@@ -42,15 +42,18 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
     n = vectors.shape[1]
     keep = min(p.keep for p in r.embed)
     state, before = host.state, host.state.frame
+    lead = _leading(call.get("attention_mask")) if site.causal and not keep else None
     if cache_length(call) > 0:
         _grow(call, "attention_mask", lambda m: _insert(m, real, 0, device))
+        if lead is not None:
+            call["attention_mask"] = call["attention_mask"].gather(1, _front(real, lead, call["attention_mask"].shape[1]))
         for key in ("position_ids", "cache_position"):
             if call.get(key) is not None:
                 call[key] = call[key] + (real.sum(1, keepdim=True) if key == "position_ids" else n)
         return forward(**call)
     names = host.signature.parameters
     ragged = not bool(real.all())
-    order = _order(real, keep, length) if ragged and not site.causal else None
+    order = _front(real, lead, length + n) if lead is not None else _order(real, keep, length) if ragged and not site.causal else None
 
     def arrange(t: Tensor) -> Tensor:
         if order is None:
@@ -81,12 +84,13 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
     positions = call.get("position_ids")
     count = real.sum(1, keepdim=True)
     from_mask = "cumsum" in code_names(host.original)  # OPT counts positions in the mask, blanks left out
-    if positions is not None and positions.dim() == 2 or (ragged and order is None and "position_ids" in names and not from_mask):
+    if positions is not None and positions.dim() == 2 or (ragged and site.causal and "position_ids" in names and not from_mask):
         own = positions if positions is not None else torch.arange(length, device=device)[None]
+        if positions is None and lead is not None:
+            own = (own - lead[:, None]).clamp(min=0)
         own = own.expand(batch, -1)
-        lead = own[:, :keep]
         virtual = (real.cumsum(1) - 1).clamp(min=0) + keep
-        call["position_ids"] = torch.cat([lead, virtual.to(own.dtype), own[:, keep:] + count.to(own.dtype)], 1)
+        call["position_ids"] = torch.cat([own[:, :keep], virtual.to(own.dtype), own[:, keep:] + count.to(own.dtype)], 1)
         call["position_ids"] = arrange(call["position_ids"])
     if call.get("cache_position") is not None:
         call["cache_position"] = torch.arange(length + n, device=device)
@@ -104,7 +108,8 @@ def run_embed(host: Host, r: Recipe, forward: Callable[..., Any], args: tuple[An
         return out
     back = None
     if order is not None:  # where the user's tokens went
-        back = torch.arange(length, device=device)[None] + torch.where(torch.arange(length, device=device)[None] < keep, 0, count)
+        at = torch.arange(length, device=device)[None]
+        back = at + (torch.where(at < keep, 0, count) if lead is None else torch.where(at < lead[:, None], n - count, n))
     if site.batch_dim == 1:
         return strip(out.transpose(0, 1), keep, n, length + n, back).transpose(0, 1)
     return strip(out, keep, n, length + n, back)
@@ -132,6 +137,24 @@ def _order(real: Tensor, keep: int, length: int) -> Tensor:
     blank = torch.zeros_like(at, dtype=torch.bool)
     blank[:, keep : keep + n] = ~real
     return torch.argsort(blank.to(torch.int8), dim=1, stable=True)
+
+
+def _leading(mask: Any) -> Tensor | None:
+    """How many positions of padding each row of a 2-D mask starts with; None where no row does."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not bool((mask[:, 0] == 0).any()):
+        return None
+    return (mask.cumsum(1) == 0).sum(1)
+
+
+def _front(real: Tensor, lead: Tensor, total: int) -> Tensor:
+    """For each row of a causal tower: blank positions and leading padding, then the prompt, then the sequence.
+
+    So the prompt stands as near to the first token as it does without padding: positions may be relative, and windows
+    count places whatever the mask says.
+    """
+    n = real.shape[1]
+    token = torch.arange(total - n, device=real.device)[None] >= lead[:, None]
+    return torch.argsort(torch.cat([real.expand(len(lead), -1), token], 1).to(torch.int8), dim=1, stable=True)
 
 
 def prompts(host: Host, parts: list[EmbedPart], x: Tensor) -> tuple[Tensor, Tensor]:
