@@ -193,6 +193,8 @@ def install(model: nn.Module, state: State, record: Any) -> None:
     for part in record.parts:
         site = part.site
         part.adapter = record.name
+        if part.gate is not None:
+            part.gate.adapter = record.name
         part.cell, part.owner = None, None
         module = module_at(model, site.path)
         box = module._modules.get(KEY)

@@ -542,7 +542,7 @@ class FrameMixin:
         finally:
             state.frame = before
         if memo:
-            _keep_memo(out, memo)
+            _keep_memo(out, memo, before.routing)
         return out
 
 
@@ -553,7 +553,7 @@ def _batch(given: dict[str, Any], dim: int) -> int:
     return 0
 
 
-def _keep_memo(out: Any, memo: dict[Any, Tensor]) -> None:
+def _keep_memo(out: Any, memo: dict[Any, Tensor], routing: Routing | None) -> None:
     cache = getattr(out, "cache", None) or getattr(out, "past_key_values", None)
     if cache is None or not hasattr(cache, "__dict__"):
         return
@@ -563,7 +563,11 @@ def _keep_memo(out: Any, memo: dict[Any, Tensor]) -> None:
 
         def reorder_both(beams: Tensor) -> Any:
             for key, value in memo.items():
-                memo[key] = value.index_select(1, beams.to(value.device))
+                at = beams.to(value.device)
+                rows = None if routing is None else routing.rows(key.adapter, at.shape[0], at.device)
+                if rows is not None:  # the sums of a routed gate are those of its own rows, counted among themselves
+                    at = torch.searchsorted(rows, at.index_select(0, rows))
+                memo[key] = value.index_select(1, at)
             return reorder(beams)
 
         reorder_both.veneer = True  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ class Gate(nn.Module):
         super().__init__()
         self.per, self.temperature, self.causal, self.width = per, temperature, causal, width
         self.watch: Any = None
+        self.adapter = ""  # the name it was attached under
         if per in ("example", "token"):
             self.weight = nn.Parameter(torch.zeros(width, **new))
         self.bias = nn.Parameter(torch.full((), bias, **new))
