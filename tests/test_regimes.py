@@ -47,8 +47,10 @@ def test_checkpointing_changes_no_gradient(kind: str, method: str, routed: bool)
             loss(model, inputs).backward()
         grads.append({n: p.grad.clone() for n, p in adapter.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and grads[0]
+    # a sum's rounding goes by its largest terms, and T5's gradients reach the hundreds: so the tolerance follows them
+    largest = max(float(g.abs().max()) for g in grads[0].values())
     for n in grads[0]:
-        torch.testing.assert_close(grads[0][n], grads[1][n], atol=1e-5, rtol=1e-4, msg=n)
+        torch.testing.assert_close(grads[0][n], grads[1][n], atol=1e-5 * max(1.0, largest / 10), rtol=1e-4, msg=n)
 
 
 # -- half precision ---------------------------------------------------------------------------------------------------
@@ -88,6 +90,11 @@ def test_generate_with_a_cache_equals_without(kind: str, method: str) -> None:
     model, _, _, _ = attached(kind, method)
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    if (kind, method) == ("mamba", "gated-lora"):
+        # the mixer reads weights that change from row to row: its state holds what one of them made, not the others'
+        with pytest.raises(vn.CapabilityError, match="recurrent state"):
+            model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **options)
+        return
     cached = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **options)
     plain = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **options)
     assert cached.shape == (2, 9) and torch.equal(cached, plain)
@@ -137,7 +144,9 @@ def test_padding_changes_nothing(kind: str, method: str, side: str) -> None:
     marks = (torch.zeros_like(pad), torch.ones_like(ids)) if side == "left" else (torch.ones_like(ids), torch.zeros_like(pad))
     wide, mask = torch.cat(parts, 1), torch.cat(marks, 1)
     extra = {}
-    if kind == "gpt2":
+    if side == "left":
+        # Positions as generate gives them. Without them the tokens would start at 3 instead of 0, and a prefix's keys,
+        # which have no position, or a prompt before the padding would be seen from farther away, as they are in PEFT.
         extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         alone = output(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -148,6 +157,7 @@ def test_padding_changes_nothing(kind: str, method: str, side: str) -> None:
 
 
 # -- compiled ---------------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at every input's .grad, also where it has none
 @pytest.mark.parametrize(("kind", "method"), cases(("bert", "llama"), ("lora", "ia3", "bottleneck", "parallel", "prefix", "unipelt")))
 def test_layers_compile_without_graph_breaks(kind: str, method: str) -> None:
     model, inputs, adapter, _ = attached(kind, method)
