@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import StoreError
 
 SAMPLES, EACH = 48, 8
+
+
+def gathered(t: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 has sharded (a DTensor); every process must ask for it."""
+    whole = getattr(t, "full_tensor", None)
+    return t if whole is None else whole()
 
 
 def fingerprint(model: nn.Module, without: set[str]) -> dict[str, Any]:
@@ -36,7 +42,7 @@ def fingerprint(model: nn.Module, without: set[str]) -> dict[str, Any]:
         data = kept.get(id(p), p.detach())
         if data.is_meta or not data.numel():
             continue
-        flat = data.reshape(-1)
+        flat = gathered(data).reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, min(EACH, flat.numel()), device=flat.device, dtype=torch.float64).long()
         samples[n] = [float(v) for v in flat[at].float().cpu()]
     config = getattr(model, "config", None)

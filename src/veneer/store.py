@@ -15,7 +15,7 @@ from .adapter import Adapter, Record, known
 from .attach import check_free, check_name, join, make_parts, state_of
 from .errors import StoreError, did_you_mean
 from .files import DAMAGED, digest, read_json, read_tensors, sweep, write_whole
-from .fingerprint import check_form, compare, fingerprint
+from .fingerprint import check_form, compare, fingerprint, gathered
 from .methods.base import Build
 from .methods.parts import like
 from .plan import Plan
@@ -33,6 +33,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     format  'veneer' (all plans), or 'peft': Hugging Face PEFT's files, for what it can express
 
     Written beside and then renamed into place: whoever is killed, or has a full disk, leaves the old adapter or the new.
+    Under FSDP2 every process must call this, each with its own `path`, since all of them gather the shards.
     Raises: AdapterError, StoreError, CapabilityError (what the format cannot express).
     """
     state = state_of(model)
@@ -47,7 +48,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         return save_peft(model, Path(path), record)
     if format != "veneer":
         raise StoreError(f"there is no format {format!r}", fix=did_you_mean(str(format), ("veneer", "peft")))
-    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors_of(model, record, fold=True).items()}
+    tensors = {k: gathered(v.detach()).contiguous().cpu() for k, v in tensors_of(model, record, fold=True).items()}
     config = {
         "format": FORMAT,
         "version": VERSION,

@@ -27,19 +27,19 @@ class Gate(nn.Module):
         self.adapter = ""  # the name it was attached under
         if per in ("example", "token"):
             self.weight = nn.Parameter(torch.zeros(width, **new))
-        self.bias = nn.Parameter(torch.full((), bias, **new))
+        self.bias = nn.Parameter(torch.full((1,), bias, **new))  # not (): FSDP2 shards no scalars
 
     def forward(self, x: Tensor | None, frame: Any, mask: Tensor | None = None) -> Tensor:
         """g for x (B, *tokens, d) or images (B, d, *space), as (B,), (B, T) or (); `shape_like` broadcasts it."""
         if self.per == "constant":
-            g = torch.sigmoid(self.bias / self.temperature)
+            g = torch.sigmoid(self.bias.squeeze(0) / self.temperature)
             if self.watch is not None:
                 self.watch(g.detach().reshape(1))
             return g
         assert x is not None
         x = tokens_last(x, self.width)
         dtype = x.dtype
-        score = nn.functional.linear(x, self.weight.to(dtype)[None], self.bias.to(dtype)[None]).squeeze(-1)
+        score = nn.functional.linear(x, self.weight.to(dtype)[None], self.bias.to(dtype)).squeeze(-1)
         s = torch.sigmoid(score.float() / self.temperature)  # (B, T)
         if mask is not None and (mask.shape[0] != s.shape[0] or mask.shape[1] != s.shape[1]):
             mask = None

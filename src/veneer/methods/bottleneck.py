@@ -96,7 +96,7 @@ class BottleneckPart(OutputPart):
         self.up = nn.Parameter(torch.zeros(d, size, **new))
         self.up_bias = nn.Parameter(torch.zeros(d, **new))
         self.norm = nn.LayerNorm(d, **new) if m.norm else None
-        self.scale = nn.Parameter(torch.ones((), **new)) if m.scale == "learnt" else float(m.scale)
+        self.scale = nn.Parameter(torch.ones(1, **new)) if m.scale == "learnt" else float(m.scale)
         self.parallel, self.activation, self.dropout = m.parallel, ACTIVATIONS[m.activation], m.dropout
         self.reads_state = not m.parallel
 
