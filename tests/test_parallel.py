@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_contract import METHODS, make, shake
 from torch import nn
-from zoo import output
 
 import veneer as vn
+from test_contract import METHODS, make, shake
+from zoo import output
 
 CASES = [(kind, method) for kind in ("bert", "llama") for method in ("lora", "bottleneck", "prefix", "unipelt")]
 
@@ -77,6 +77,8 @@ def work(rank: int, port: int, folder: str) -> None:
             step(model, adapter, half(batch(kind), rank))
             got["fsdp2"] = whole(adapter)
             vn.save(model, Path(folder) / f"{kind}-{method}-{rank}", name="a")
+            with pytest.raises(vn.CapabilityError, match="FSDP2"):
+                vn.save(model, Path(folder) / "peft", name="a", format="peft")
             with torch.no_grad():
                 got["output"] = output(model, batch(kind))  # type: ignore[assignment]
             if rank == 0:

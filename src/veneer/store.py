@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, Record, known
 from .attach import check_free, check_name, join, make_parts, state_of
-from .errors import StoreError, did_you_mean
+from .errors import CapabilityError, StoreError, did_you_mean
 from .files import DAMAGED, digest, read_json, read_tensors, sweep, write_whole
 from .fingerprint import check_form, compare, fingerprint, gathered
 from .methods.base import Build
@@ -43,6 +43,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
         name = state.active[0]
     record = state.adapters[known(state, name)]
     if format == "peft":
+        if any(hasattr(t, "full_tensor") for t in tensors_of(model, record, fold=False).values()):
+            raise CapabilityError(
+                "the adapter is sharded by FSDP2, and PEFT's files are made from whole tensors",
+                fix="Save with format='veneer', load that on a plain model and save it from there",
+            )
         from .peft_format import save_peft
 
         return save_peft(model, Path(path), record)
