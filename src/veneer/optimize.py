@@ -15,12 +15,13 @@ from .fused import bundle
 from .head import fused_head
 
 
-def optimize(model: nn.Module, *, fuse: bool = True, loss: bool = True, compile: bool | dict[str, Any] | None = None) -> nn.Module:
+def optimize(model: nn.Module, *, fuse: bool | None = None, loss: bool = True, compile: bool | dict[str, Any] | None = None) -> nn.Module:
     """Make training steps and inference of an adapted model faster, in place; return the model.
 
     fuse       y = W x + b + s · B A x in one operation that keeps x once, for linears with one ungated low-rank part;
                maps of a block that read the same input (q, k, v; gate, up) share one product with their stacked A.
-               With dropout each map keeps a mask of its own, and they run one by one
+               With dropout each map keeps a mask of its own, and they run one by one. None (default): where layers are
+               not compiled; the compiler's own fusion was faster on an H100 (docs/performance.md)
     loss       a causal language model called in training mode with `labels` computes its loss a few rows at a time
                and returns no logits (`logits` is None then); rows with label -100 cost nothing. In eval mode, or where
                the head is adapted or trained, all is as before
@@ -36,6 +37,8 @@ def optimize(model: nn.Module, *, fuse: bool = True, loss: bool = True, compile:
         raise AdapterError("this model is optimised already", fix="vn.unoptimize(model) first")
     if compile is None:
         compile = any(p.is_cuda for p in model.parameters())
+    if fuse is None:
+        fuse = compile is False
     undo: list[Any] = []
 
     def settle() -> None:
