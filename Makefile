@@ -22,6 +22,9 @@ test: .venv/ok
 	.venv/bin/pyright --pythonpath .venv/bin/python
 	.venv/bin/python -m pytest -q -n auto
 
+docs: .venv/ok
+	.venv/bin/python -m pytest -q tests/test_readme.py
+
 demo: .venv/ok
 	.venv/bin/veneer demo
 
