@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
 import veneer as vn
-from helpers import build, look, refuses, save_mixed
+from helpers import build, look, refuses
 from zoo import ZOO
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_mixed(tmp_path_factory.mktemp("saved") / "a")
-
-
-@pytest.fixture(scope="module")
-def base() -> Any:
-    """One model for all refusals: each must leave it as it was."""
-    return build()
 
 
 def test_another_base(saved: Path) -> None:

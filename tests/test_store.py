@@ -12,19 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import veneer as vn
-from helpers import MIXED, build, config_of, fresh, look, refuses, save_mixed, shake, weights_of
+from helpers import MIXED, build, config_of, fresh, look, refuses, shake, weights_of
 from veneer.files import digest
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_mixed(tmp_path_factory.mktemp("saved") / "a")
-
-
-@pytest.fixture(scope="module")
-def base() -> Any:
-    """One model for all refusals: each must leave it as it was."""
-    return build()
 
 
 # -- what is loaded is what was saved ---------------------------------------------------------------------------------

@@ -13,20 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import veneer as vn
-from helpers import build, config_of, refuses, rewrite, save_mixed, unchanged, weights_of
+from helpers import config_of, refuses, rewrite, unchanged, weights_of
 
 DAMAGED = (vn.StoreError, vn.PlanError, vn.SiteError)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_mixed(tmp_path_factory.mktemp("saved") / "a")
-
-
-@pytest.fixture(scope="module")
-def base() -> Any:
-    """One model for all refusals: each must leave it as it was."""
-    return build()
 
 
 def test_nothing_there(tmp_path: Path, base: Any, saved: Path) -> None:

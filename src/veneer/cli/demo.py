@@ -11,7 +11,7 @@ import typer
 
 NAME = "demo"
 TRAIN, TEST = 500, 1000
-# (name, plan as data, learning rate): the rates are for a few hundred steps; chosen by hand on the training rows, not searched
+# (name, plan as data, learning rate): the rates are for a few hundred steps; set by hand, not searched
 PLANS: tuple[tuple[str, Any, float], ...] = (
     ("lora", {"method": "lora", "r": 8}, 5e-3),
     ("ia3", {"method": "ia3"}, 2e-2),
