@@ -9,7 +9,8 @@ import pytest
 
 import veneer as vn
 from helpers import build, refuses
-from veneer.sites import Site, parse, select
+from veneer.patterns import parse, select
+from veneer.sites import Site
 
 ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down")
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .errors import AdapterError, CapabilityError, did_you_mean
-from .host import Routing, State
+from .host import State
 from .plan import Plan, short
+from .routing import Routing
 
 if TYPE_CHECKING:
     from .methods.parts import Part
@@ -153,7 +154,8 @@ def route(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Itera
     Raises: AdapterError for an unknown name, or when a batch has not the rows that were named; CapabilityError for a
     method that cannot be routed.
     """
-    from .attach import exchange, frame_hosts, state_of
+    from .attach import state_of
+    from .install import exchange, frame_hosts
 
     state = state_of(model)
     if isinstance(rows, str) or not isinstance(rows, Sequence) or not len(rows):
@@ -167,10 +169,10 @@ def route(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Itera
     if state.merged is not None:
         raise AdapterError("adapters are merged into this model", fix="vn.unmerge(model) first")
     if not state.routable:
-        from .attach import _layer_paths
+        from .install import layer_paths
 
         touched: dict[str, set[type]] = {}
-        frame_hosts(model, state, touched, _layer_paths(model))
+        frame_hosts(model, state, touched, layer_paths(model))
         for path, kinds in touched.items():
             exchange(model, state, path, kinds)
         state.routable = True

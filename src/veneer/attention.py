@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import CapabilityError
-from .host import Host, folds, gate_of
+from .host import Host
+from .routing import folds, gate_of
 
 if TYPE_CHECKING:
     from .methods.parts import KVPart

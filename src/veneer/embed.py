@@ -168,7 +168,7 @@ def prompts(host: Host, parts: list[EmbedPart], x: Tensor) -> tuple[Tensor, Tens
     for part in parts:
         p = part.prompt().to(x.dtype)[None].expand(batch, -1, -1)
         if part.gate is not None:
-            from .host import gate_of
+            from .routing import gate_of
 
             g = gate_of(part, x, replace(frame, memo=None), frame.mask)
             if g.dim() == 2:

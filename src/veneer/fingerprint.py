@@ -24,7 +24,7 @@ def fingerprint(model: nn.Module, without: set[str]) -> dict[str, Any]:
     without  names of tensors that the adapter replaces whole, so that the base's own do not matter
     """
     from . import resolve
-    from .attach import KEY
+    from .install import KEY
 
     merged = model.__dict__["_veneer_state"].merged if "_veneer_state" in model.__dict__ else None
     kept = {i: d for i, (_, d) in merged.kept.items()} if merged is not None else {}

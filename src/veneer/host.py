@@ -1,74 +1,25 @@
 """Hosts: what an adapted module does in place of its own forward.
 
-A host module keeps its parameters, its name and its place; only its class is exchanged for a generated subclass whose
-`forward` asks a `Host` what to do. The order inside one call is: captures (who needs this input), input parts, the
-module itself (with tensor parts in place of the base's tensors), output parts stage by stage.
+The order inside one call is: captures (who needs this input), input parts, the module itself (with tensor parts in
+place of the base's tensors), output parts stage by stage. Module classes that lead here are in shells.py.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from .compose.gate import shape_like
-from .errors import AdapterError, CapabilityError
+from .errors import AdapterError
 from .ops.maps import place, take
+from .routing import Frame, folds, gate_of, select_rows, shared_by_rows, with_own_caches
 
 if TYPE_CHECKING:
     from .methods.parts import Part
-
-
-class Routing:
-    """Which rows of a batch use which adapters: `groups` maps a name to its row numbers."""
-
-    def __init__(self, rows: Iterable[tuple[str, ...]]) -> None:
-        self.by_row = tuple(rows)
-        self.size = len(self.by_row)
-        self.names = tuple(dict.fromkeys(n for row in self.by_row for n in row))
-        self._rows: dict[tuple[str, int, Any], Tensor | None] = {}
-        self._of: dict[str, Routing] = {}
-
-    def of(self, name: str) -> Routing:
-        """The routing of the rows that use `name`, when they are run by themselves."""
-        if name not in self._of:
-            self._of[name] = Routing(names for names in self.by_row if name in names)
-        return self._of[name]
-
-    def rows(self, name: str, n: int, device: Any) -> Tensor | None:
-        """Row numbers of `name` in a tensor whose batch dimension has n entries (rows times beams, windows, tokens)."""
-        key = (name, n, device)
-        if key not in self._rows:
-            if n % self.size:
-                raise AdapterError(
-                    f"the route names {self.size} rows and the batch has {n}",
-                    fix="Give one adapter name (or None) for each row of the batch",
-                )
-            k = n // self.size
-            mine = [i for i, names in enumerate(self.by_row) if name in names]
-            if len(mine) == self.size:
-                self._rows[key] = None
-            else:
-                self._rows[key] = torch.tensor([i * k + j for i in mine for j in range(k)], device=device, dtype=torch.long)
-        return self._rows[key]
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What holds for one call of the model: routing, the 2-D attention mask, batch size, whether there is a cache and
-    how much is in it, and sums kept with it."""
-
-    routing: Routing | None = None
-    mask: Tensor | None = None
-    batch: int = 0
-    cached: bool = False
-    past: int = 0
-    memo: dict[Any, Tensor] | None = None
 
 
 class Cell:
@@ -336,11 +287,11 @@ class Host:
             rows = self._rows(members[0], n, x.device, frame)
             if rows is not None and rows.numel() == 0:
                 continue
-            a = _with_own_caches((args, kwargs), frame)
+            a = with_own_caches((args, kwargs), frame)
             # what runs a second time must not count twice in the running means of the gates within
             own = replace(frame, memo=None if frame.memo is None else dict(frame.memo))
             if rows is not None and routing is not None:
-                a = _select(a, n, dim, rows)
+                a = select_rows(a, n, dim, rows)
                 sub = routing.of(adapter)
                 mask = frame.mask
                 if mask is not None:
@@ -384,77 +335,9 @@ class Host:
         return frame.routing.rows(part.adapter, n, device)
 
 
-def shared_by_rows(part: Part) -> CapabilityError:
-    return CapabilityError(
-        f"{part.method_name} at {part.site.path!r} acts on a state that all rows of the batch share, so rows cannot use different adapters there",
-        fix="Leave that module out of the plan (at='…,!name:…'), or call the model once for each adapter",
-    )
-
-
-def _with_own_caches(value: Any, frame: Frame) -> Any:
-    """`value` with a cache of its own for each in it, to run a module a second time.
-
-    Raises: CapabilityError where a cache is not empty: its state is one adapter's, and the others' is not known.
-    """
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(_with_own_caches(v, frame) for v in value)
-    if isinstance(value, dict):
-        return {k: _with_own_caches(v, frame) for k, v in value.items()}
-    if not hasattr(value, "get_seq_length"):
-        return value
-    if frame.past:
-        raise CapabilityError(
-            "a tensor that changes from row to row is read by a module with a recurrent state, which cannot be continued from a cache",
-            fix="Generate with use_cache=False, or leave the mixers out of the plan",
-        )
-    own = copy.copy(value)
-    if isinstance(getattr(own, "layers", None), list):
-        own.layers = [_own(copy.copy(layer)) for layer in own.layers]
-    return own
-
-
-def _own(layer: Any) -> Any:
-    """A cache's layer whose lists and dicts of states are its own."""
-    vars(layer).update({k: copy.copy(v) for k, v in vars(layer).items() if isinstance(v, (dict, list))})
-    return layer
-
-
 def _needs_call(part: Part) -> bool:
     """Whether the part's gate varies within a batch, so that it cannot simply replace the tensor."""
     return part.gate is not None and part.gate.per in ("example", "token")
-
-
-def folds(n: int, frame: Frame) -> int:
-    """How many entries of a batch dimension of size n belong to each example: tokens or windows that were folded in."""
-    return n // frame.batch if frame.batch and n % frame.batch == 0 else 1
-
-
-def gate_of(part: Part, x: Tensor, frame: Frame, mask: Tensor | None, batch_dim: int = 0, fold: int = 1) -> Tensor:
-    """g of `part` for x: (), (n,) or (n, T), for the n entries of x's batch dimension.
-
-    Where a model folds tokens or windows into the batch (`fold` of them for each example), the mean still runs over an
-    example's own tokens.
-    """
-    gate = part.gate
-    assert gate is not None
-    if gate.per == "constant":
-        return gate(None, frame)
-    if batch_dim == 1:
-        x = x.transpose(0, 1)
-    n = x.shape[0]
-    if fold > 1 and n % fold == 0:
-        tail = 1
-        for s in x.shape[1:-1]:
-            tail *= s
-        if mask is not None and mask.shape[0] != n // fold:
-            mask = None
-        g = gate(x.reshape(n // fold, fold * tail, x.shape[-1]), frame, mask)
-        if g.dim() == 2:
-            return g.reshape(n, tail)
-        return g.repeat_interleave(fold, 0)
-    if mask is not None and frame.cached and x.dim() == 3 and mask.shape[1] > x.shape[1]:
-        mask = mask[:, -x.shape[1] :]
-    return gate(x, frame, mask)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -478,145 +361,3 @@ def _set_first(y: Any, first: Tensor) -> Any:
     key = next(iter(y.keys()))  # a ModelOutput
     y[key] = first
     return y
-
-
-def _select(value: Any, n: int, dim: int, rows: Tensor) -> Any:
-    """`value` with `rows` of every tensor that has n entries in `dim`."""
-    if isinstance(value, Tensor):
-        return value.index_select(dim, rows) if value.dim() > dim and value.shape[dim] == n else value
-    if isinstance(value, tuple):
-        return tuple(_select(v, n, dim, rows) for v in value)
-    if isinstance(value, list):
-        return [_select(v, n, dim, rows) for v in value]
-    if isinstance(value, dict):
-        return {k: _select(v, n, dim, rows) for k, v in value.items()}
-    return value
-
-
-# -- generated classes ------------------------------------------------------------------------------------------------
-class HostMixin:
-    """A module whose call goes through its host."""
-
-    _veneer_generated = True
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_veneer_host"].run(super().forward, args, kwargs)  # type: ignore[misc]
-
-
-class FrameMixin:
-    """A tower: notes its mask, batch size and cache before its layers run."""
-
-    _veneer_generated = True
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        host = self.__dict__["_veneer_host"]
-        state = host.state
-        given = dict(zip(host.signature.parameters, args, strict=False))
-        given.update(kwargs)
-        before = state.frame
-        frame = replace(before, batch=before.batch or _batch(given, host.batch_dim))
-        if "attention_mask" in given:
-            mask = given["attention_mask"]
-            if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-                frame = replace(frame, mask=mask)
-        cache = next((given[k] for k in ("cache", "past_key_values", "cache_params") if given.get(k) is not None), None)
-        past = before.past
-        if cache is not None:
-            from .embed import cache_length
-
-            past = cache_length(given)
-        memo = frame.memo
-        if cache is not None and hasattr(cache, "__dict__"):
-            memo = cache.__dict__.setdefault("_veneer_memo", {})
-        elif memo is None and not torch.is_grad_enabled():
-            memo = {}
-        state.frame = replace(frame, cached=cache is not None, past=past, memo=memo)
-        if before.routing is not None and not before.batch:
-            state.widened = None
-        try:
-            out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        except RuntimeError as e:
-            if state.widened is None:
-                raise
-            raise shared_by_rows(state.widened) from e
-        finally:
-            state.frame = before
-        if memo:
-            _keep_memo(out, memo, before.routing)
-        return out
-
-
-def _batch(given: dict[str, Any], dim: int) -> int:
-    for v in given.values():
-        if isinstance(v, Tensor) and v.dim() > dim:
-            return v.shape[dim]
-    return 0
-
-
-def _keep_memo(out: Any, memo: dict[Any, Tensor], routing: Routing | None) -> None:
-    cache = getattr(out, "cache", None) or getattr(out, "past_key_values", None)
-    if cache is None or not hasattr(cache, "__dict__"):
-        return
-    cache.__dict__["_veneer_memo"] = memo
-    reorder = getattr(cache, "reorder_cache", None)
-    if reorder is not None and not hasattr(reorder, "veneer"):
-
-        def reorder_both(beams: Tensor) -> Any:
-            for key, value in memo.items():
-                at = beams.to(value.device)
-                rows = None if routing is None else routing.rows(key.adapter, at.shape[0], at.device)
-                if rows is not None:  # the sums of a routed gate are those of its own rows, counted among themselves
-                    at = torch.searchsorted(rows, at.index_select(0, rows))
-                memo[key] = value.index_select(1, at)
-            return reorder(beams)
-
-        reorder_both.veneer = True  # type: ignore[attr-defined]
-        cache.reorder_cache = reorder_both
-
-
-class LayerMixin:
-    """A layer that may be checkpointed: the frame travels with its arguments, so that the recomputation in the
-    backward pass sees the same routing and mask as the forward pass did."""
-
-    _veneer_generated = True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "gradient_checkpointing", False) and self.training:  # type: ignore[attr-defined]
-            kwargs["_veneer_frame"] = self.__dict__["_veneer_host"].state.frame
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
-
-    def forward(self, *args: Any, _veneer_frame: Frame | None = None, **kwargs: Any) -> Any:
-        if _veneer_frame is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        state = self.__dict__["_veneer_host"].state
-        before, state.frame = state.frame, _veneer_frame
-        try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            state.frame = before
-
-
-_CLASSES: dict[Any, type] = {}
-
-
-def subclass(cls: type, mixins: tuple[type, ...], tensors: tuple[str, ...]) -> type:
-    """The generated subclass of `cls` with these mixins, whose attributes `tensors` ask the host for their value.
-
-    It has the name and module of `cls`, since wrapping policies and attention lookups go by them.
-    """
-    key = (cls, mixins, tensors)
-    if key not in _CLASSES:
-        body: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        body["_veneer_generated"] = True
-        for name in tensors:
-            body[name] = _tensor_property(name)
-        _CLASSES[key] = type(cls.__name__, (*mixins, cls), body)
-    return _CLASSES[key]
-
-
-def _tensor_property(name: str) -> property:
-    def get(self: Any) -> Any:
-        p = self.__dict__["_parameters"][name]
-        return p if p is None else self.__dict__["_veneer_host"].tensor(name, p)
-
-    return property(get)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import _layer_paths, state_of
+from .attach import state_of
 from .errors import AdapterError
 from .fused import bundle
 from .head import fused_head
+from .install import layer_paths
 
 
 def optimize(model: nn.Module, *, fuse: bool | None = None, loss: bool = True, compile: bool | dict[str, Any] | None = None) -> nn.Module:
@@ -80,7 +81,7 @@ def _unfuse(state: Any) -> None:
 
 def layers(model: nn.Module) -> list[nn.Module]:
     """The repeated layers of every tower, outermost first: what is compiled one by one."""
-    paths = _layer_paths(model)
+    paths = layer_paths(model)
     if not paths:
         for name, m in model.named_modules():
             if isinstance(m, nn.ModuleList) and len(m) > 1 and len({type(c).__qualname__ for c in m}) == 1 and "_veneer" not in name.split("."):

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from .adapter import Record
-from .attach import install, make_parts, state_of, uninstall
+from .attach import state_of
+from .build import make_parts
 from .compose.gate import Gate
 from .errors import CapabilityError, PlanError
 from .gates import gates
+from .install import install, uninstall
 from .plan import Gated, Plan, Stack, Sum, finite, short
 from .sites import Site
 
@@ -261,7 +263,7 @@ def _static(model: nn.Module, plan: Plan, parts: list[Any]) -> Plan:
 def narrow(model: nn.Module, sites: list[Site]) -> str:
     """A pattern that matches exactly `sites`: whole roles where they are whole, else roles with their layers."""
     from . import resolve
-    from .sites import select
+    from .patterns import select
 
     everything = [s for s in resolve.sites(model) if s.port == sites[0].port]
     members: list[str] = []

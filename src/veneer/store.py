@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Record, known
-from .attach import check_free, check_name, join, make_parts, state_of
+from .attach import check_free, check_name, join, state_of
+from .build import make_parts
 from .errors import CapabilityError, StoreError, did_you_mean
 from .files import DAMAGED, digest, read_json, read_tensors, sweep, write_whole
 from .fingerprint import check_form, compare, fingerprint, gathered

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from .attach import KEY, state_of
+from .attach import state_of
+from .install import KEY
 
 
 @dataclass

@@ -46,7 +46,7 @@ def command(
             branch.add(f"{tower + '/' if tower else ''}{role}: {where}{size}", highlight=False)
     console.print(root)
     if at is not None:
-        from ..sites import select
+        from ..patterns import select
 
         for port in PORTS:
             if any(s.port == port for s in found):

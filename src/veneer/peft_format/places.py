@@ -9,7 +9,8 @@ from torch import nn
 
 from ..errors import StoreError, did_you_mean
 from ..methods.parts import module_at
-from ..sites import Site, select
+from ..patterns import select
+from ..sites import Site
 from .config import Source
 
 

@@ -12,7 +12,8 @@ from ..errors import CapabilityError
 from ..methods import Prefix, PromptTuning
 from ..methods.parts import KVPart
 from ..ops.positions import rotation
-from ..sites import Site, select
+from ..patterns import select
+from ..sites import Site
 from .config import Draft, Source, task_of
 
 KEY = "prompt_embeddings"

@@ -1,0 +1,86 @@
+"""Building: from a plan and a model to parts that are not installed yet. Nothing here changes the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import resolve
+from .compose.gate import Gate
+from .errors import PlanError, VeneerError
+from .methods.base import Build
+from .methods.parts import Part, like, module_at
+from .patterns import select
+from .plan import Plan, Term
+from .sites import Site
+
+
+def make_parts(model: nn.Module, plan: Plan, dtype: torch.dtype | None = None, tokenizer: Any = None, *, blank: bool = False) -> list[Part]:
+    """The parts of `plan` for `model`, not yet installed; `blank` ones have shapes and no numbers. Changes nothing."""
+    found = resolve.sites(model)
+    parts: list[Part] = []
+    for i, term in enumerate(plan.terms()):
+        build = Build(model, gated=term.gate is not None, dtype=dtype, tokenizer=tokenizer, blank=blank)
+
+        def sites(at: str | None, port: str, default: str) -> list[Site]:
+            why = "" if any(s.port == port for s in found) else resolve.why_not(model, port)
+            return select(found, at or default, port=port, default=at is None, why=why)
+
+        try:
+            for site, part in term.method.parts(sites, build):
+                part.stage, part.method_name = term.stage, term.method.name
+                part.term = i
+                if term.gate is not None:
+                    part.gate = _gate(term, site, part, build)
+                    part.published = term.gate.gate == "published" and part.acts == "kv"
+                parts.append(part)
+        except VeneerError:
+            raise
+        except (RuntimeError, OverflowError, MemoryError) as e:  # sizes beyond any memory
+            raise PlanError(f"{term.method.name} could not be built: {str(e).partition(chr(10))[0]}") from e
+    if not parts:
+        raise PlanError("the plan attaches to nothing in this model")
+    return parts
+
+
+def _gate(term: Term, site: Site, part: Part, build: Build) -> Gate:
+    g = term.gate
+    assert g is not None
+    per = "example" if part.acts == "embed" and g.per == "token" else g.per
+    if part.acts == "kv" and per == "token" and g.gate == "published":
+        raise PlanError("gate='published' scales a prefix's keys for a whole example", fix="Use per='example' or gate='deviation'")
+    if site.port in ("weight", "param") and site.kind != "embedding":
+        module = module_at(build.model, site.enter or site.path)
+        width = site.inp if site.kind in ("linear", "transposed") else _width(module, site)
+        if site.kind == "experts":
+            width = site.out if site.role == "ffn.down" else site.inp
+        if site.port == "weight" and site.kind == "conv":
+            width = getattr(module, "in_channels", width)
+        if site.enter and site.width:
+            width = site.width
+    elif site.kind == "embedding":
+        width = site.out
+    elif site.port == "kv":
+        enter = module_at(build.model, site.enter)
+        width = _width(enter, site)
+    else:
+        width = site.width
+    return Gate(
+        width, per=per, bias=g.bias, temperature=g.temperature, causal=site.causal and part.acts != "embed",
+        new=like(build, site),
+    )  # fmt: skip
+
+
+def _width(module: nn.Module, site: Site) -> int:
+    """Channels of the module's input."""
+    for key in ("in_features", "nx", "in_channels", "embed_dim", "hidden_size"):
+        if isinstance(getattr(module, key, None), int):
+            return getattr(module, key)
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    p = module._parameters.get("weight")
+    if p is not None:
+        return p.shape[-1] if p.dim() == 1 else p.shape[0] if type(module).__name__ == "Conv1D" else p.shape[-1]
+    return site.shape[-1] if site.shape else site.inp

@@ -1,0 +1,172 @@
+"""Installing: parts go to their hosts, hosts' classes are exchanged, and all of it is undone exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .embed import signature_of
+from .host import Cell, Host, State
+from .methods.parts import module_at
+from .shells import FrameMixin, HostMixin, LayerMixin, subclass
+from .sites import Site
+
+KEY = "_veneer"
+
+
+def host_of(model: nn.Module, state: State, path: str) -> Host:
+    host = state.hosts.get(path)
+    if host is None:
+        host = state.hosts[path] = Host(path, module_at(model, path), state)
+    return host
+
+
+def install(model: nn.Module, state: State, record: Any) -> None:
+    """Put the parts of `record` on their hosts and exchange the hosts' classes."""
+    touched: dict[str, set[type]] = {}
+    layers = layer_paths(model)
+    varying = any(p.gate is not None and p.gate.per != "constant" for p in record.parts)
+    for part in record.parts:
+        site = part.site
+        part.adapter = record.name
+        if part.gate is not None:
+            part.gate.adapter = record.name
+        part.cell, part.owner = None, None
+        module = module_at(model, site.path)
+        box = module._modules.get(KEY)
+        if box is None:
+            box = nn.Module()
+            module.add_module(KEY, box)
+        mine = box._modules.get(f"@{record.name}")
+        if mine is None:
+            mine = nn.ModuleList()
+            box.add_module(f"@{record.name}", mine)
+        mine.append(part)
+        part.train(module.training)
+        owner = host_of(model, state, site.path)
+        reader = host_of(model, state, site.enter) if part.acts == "tensor" and site.enter else owner
+        if part.acts == "tensor":
+            owner.owned.setdefault(site.tensor, []).append(part)
+            part.owner = owner
+        reader.parts.append(part)
+        reader.batch_dim = site.batch_dim
+        part.aliases = _aliases(model, site) if site.kind == "embedding" else []
+        for alias in part.aliases:
+            other = host_of(model, state, alias)
+            if part.acts == "tensor":
+                other.owned.setdefault(site.tensor, []).append(part)
+            other.parts.append(part)
+            touched.setdefault(alias, set()).add(HostMixin)
+        touched.setdefault(owner.path, set()).add(HostMixin)
+        touched.setdefault(reader.path, set()).add(HostMixin)
+        if site.port in ("hidden", "kv"):
+            part.cell = Cell()
+            enter = host_of(model, state, site.enter)
+            enter.captures.append((part, part.cell))
+            touched.setdefault(enter.path, set()).add(HostMixin)
+        if site.port == "kv" and owner.attention is None:
+            from .attention import VIA
+
+            owner.attention = VIA[site.via](module)
+        if site.port == "embed":
+            owner.signature = signature_of(module)
+            enter = site.enter
+            owner.embedding = lambda p=enter: module_at(model, p)
+            part.visible = False
+            other = _decoder_of(model, site)
+            if other is not None:
+                part.visible = True
+                reads = host_of(model, state, other)
+                reads.signature = signature_of(module_at(model, other))
+                reads.memory_parts.append(part)
+                touched.setdefault(other, set()).add(HostMixin)
+        _no_fast_path(model, state, site.path)
+    if varying or any(p.acts == "embed" for p in record.parts):
+        frame_hosts(model, state, touched, layers)
+    for path, kinds in touched.items():
+        exchange(model, state, path, kinds)
+
+
+def _aliases(model: nn.Module, site: Site) -> list[str]:
+    """Other modules of the same class that hold the very same table, as an encoder's and a decoder's embedding do."""
+    module = module_at(model, site.path)
+    table, cls = module._parameters.get(site.tensor or "weight"), getattr(module, "num_embeddings", None)
+    return [
+        p for p, m in model.named_modules()
+        if m is not module and getattr(m, "num_embeddings", None) == cls and m._parameters.get(site.tensor or "weight") is table
+    ]  # fmt: skip
+
+
+def frame_hosts(model: nn.Module, state: State, touched: dict[str, set[type]], layers: set[str]) -> None:
+    """Towers note their mask; layers that may be checkpointed carry it along."""
+    for path, module in model.named_modules():
+        if KEY in path.split("."):
+            continue
+        parts = path.split(".")
+        if not any(p.isdigit() for p in parts):
+            if path == "" or "attention_mask" in signature_of(module).parameters:
+                host_of(model, state, path).signature = signature_of(module)
+                touched.setdefault(path, set()).add(FrameMixin)
+        elif path in layers:
+            host_of(model, state, path)
+            touched.setdefault(path, set()).add(LayerMixin)
+
+
+def layer_paths(model: nn.Module) -> set[str]:
+    return {p for p, m in model.named_modules() if hasattr(m, "gradient_checkpointing") and p.split(".")[-1].isdigit()}
+
+
+def _decoder_of(model: nn.Module, site: Site) -> str | None:
+    """The tower that attends to what the tower of `site` returns, if there is one."""
+    if site.tower != "encoder":
+        return None
+    for path, module in model.named_modules():
+        if path.split(".")[-1] == "decoder" and "encoder_attention_mask" in signature_of(module).parameters:
+            return path
+    return None
+
+
+def _no_fast_path(model: nn.Module, state: State, path: str) -> None:
+    """nn.TransformerEncoderLayer's inference path reads its children's weights and calls none of them: switch it off
+    in layers that have parts."""
+    names = path.split(".")
+    for i in range(len(names) + 1):
+        module = module_at(model, ".".join(names[:i]))
+        own = module.__dict__.get("activation_relu_or_gelu")
+        if own:
+            module.activation_relu_or_gelu = 0  # type: ignore[assignment]
+            state.undo.append(lambda m=module, v=own: setattr(m, "activation_relu_or_gelu", v))
+
+
+ORDER = (LayerMixin, FrameMixin, HostMixin)
+
+
+def exchange(model: nn.Module, state: State, path: str, kinds: set[type]) -> None:
+    """Give the module at `path` the generated class that its parts need."""
+    host, module = host_of(model, state, path), module_at(model, path)
+    host.mixins |= kinds
+    module.__dict__["_veneer_host"] = host
+    tensors = tuple(sorted(t for t, parts in host.owned.items() if parts))
+    module.__class__ = subclass(host.original, tuple(k for k in ORDER if k in host.mixins), tensors)
+
+
+def uninstall(model: nn.Module, state: State, record: Any) -> None:
+    """Take the parts of `record` off, and give hosts without parts their own class back."""
+    mine = {id(p) for p in record.parts}
+    for path, host in list(state.hosts.items()):
+        module = module_at(model, path)
+        host.parts = [p for p in host.parts if id(p) not in mine]
+        host.memory_parts = [p for p in host.memory_parts if id(p) not in mine]
+        host.captures = [(p, c) for p, c in host.captures if id(p) not in mine]
+        host.owned = {t: kept for t, ps in host.owned.items() if (kept := [p for p in ps if id(p) not in mine])}
+        box = module._modules.get(KEY)
+        if box is not None:
+            box._modules.pop(f"@{record.name}", None)
+            if not box._modules:
+                del module._modules[KEY]
+        if host.attention is not None and not any(p.acts == "kv" for p in host.parts):
+            host.attention.undo(module)
+            host.attention = None
+        if "_veneer_host" in module.__dict__:
+            exchange(model, state, path, set())

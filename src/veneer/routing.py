@@ -1,0 +1,144 @@
+"""Rows and frames: which rows of a batch use which adapters, and what else holds for one call of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import AdapterError, CapabilityError
+
+if TYPE_CHECKING:
+    from .methods.parts import Part
+
+
+class Routing:
+    """Which rows of a batch use which adapters: `groups` maps a name to its row numbers."""
+
+    def __init__(self, rows: Iterable[tuple[str, ...]]) -> None:
+        self.by_row = tuple(rows)
+        self.size = len(self.by_row)
+        self.names = tuple(dict.fromkeys(n for row in self.by_row for n in row))
+        self._rows: dict[tuple[str, int, Any], Tensor | None] = {}
+        self._of: dict[str, Routing] = {}
+
+    def of(self, name: str) -> Routing:
+        """The routing of the rows that use `name`, when they are run by themselves."""
+        if name not in self._of:
+            self._of[name] = Routing(names for names in self.by_row if name in names)
+        return self._of[name]
+
+    def rows(self, name: str, n: int, device: Any) -> Tensor | None:
+        """Row numbers of `name` in a tensor whose batch dimension has n entries (rows times beams, windows, tokens)."""
+        key = (name, n, device)
+        if key not in self._rows:
+            if n % self.size:
+                raise AdapterError(
+                    f"the route names {self.size} rows and the batch has {n}",
+                    fix="Give one adapter name (or None) for each row of the batch",
+                )
+            k = n // self.size
+            mine = [i for i, names in enumerate(self.by_row) if name in names]
+            if len(mine) == self.size:
+                self._rows[key] = None
+            else:
+                self._rows[key] = torch.tensor([i * k + j for i in mine for j in range(k)], device=device, dtype=torch.long)
+        return self._rows[key]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What holds for one call of the model: routing, the 2-D attention mask, batch size, whether there is a cache and
+    how much is in it, and sums kept with it."""
+
+    routing: Routing | None = None
+    mask: Tensor | None = None
+    batch: int = 0
+    cached: bool = False
+    past: int = 0
+    memo: dict[Any, Tensor] | None = None
+
+
+def shared_by_rows(part: Part) -> CapabilityError:
+    return CapabilityError(
+        f"{part.method_name} at {part.site.path!r} acts on a state that all rows of the batch share, so rows cannot use different adapters there",
+        fix="Leave that module out of the plan (at='…,!name:…'), or call the model once for each adapter",
+    )
+
+
+def with_own_caches(value: Any, frame: Frame) -> Any:
+    """`value` with a cache of its own for each in it, to run a module a second time.
+
+    Raises: CapabilityError where a cache is not empty: its state is one adapter's, and the others' is not known.
+    """
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(with_own_caches(v, frame) for v in value)
+    if isinstance(value, dict):
+        return {k: with_own_caches(v, frame) for k, v in value.items()}
+    if not hasattr(value, "get_seq_length"):
+        return value
+    if frame.past:
+        raise CapabilityError(
+            "a tensor that changes from row to row is read by a module with a recurrent state, which cannot be continued from a cache",
+            fix="Generate with use_cache=False, or leave the mixers out of the plan",
+        )
+    own = copy.copy(value)
+    if isinstance(getattr(own, "layers", None), list):
+        own.layers = [_own(copy.copy(layer)) for layer in own.layers]
+    return own
+
+
+def _own(layer: Any) -> Any:
+    """A cache's layer whose lists and dicts of states are its own."""
+    vars(layer).update({k: copy.copy(v) for k, v in vars(layer).items() if isinstance(v, (dict, list))})
+    return layer
+
+
+def folds(n: int, frame: Frame) -> int:
+    """How many entries of a batch dimension of size n belong to each example: tokens or windows that were folded in."""
+    return n // frame.batch if frame.batch and n % frame.batch == 0 else 1
+
+
+def gate_of(part: Part, x: Tensor, frame: Frame, mask: Tensor | None, batch_dim: int = 0, fold: int = 1) -> Tensor:
+    """g of `part` for x: (), (n,) or (n, T), for the n entries of x's batch dimension.
+
+    Where a model folds tokens or windows into the batch (`fold` of them for each example), the mean still runs over an
+    example's own tokens.
+    """
+    gate = part.gate
+    assert gate is not None
+    if gate.per == "constant":
+        return gate(None, frame)
+    if batch_dim == 1:
+        x = x.transpose(0, 1)
+    n = x.shape[0]
+    if fold > 1 and n % fold == 0:
+        tail = 1
+        for s in x.shape[1:-1]:
+            tail *= s
+        if mask is not None and mask.shape[0] != n // fold:
+            mask = None
+        g = gate(x.reshape(n // fold, fold * tail, x.shape[-1]), frame, mask)
+        if g.dim() == 2:
+            return g.reshape(n, tail)
+        return g.repeat_interleave(fold, 0)
+    if mask is not None and frame.cached and x.dim() == 3 and mask.shape[1] > x.shape[1]:
+        mask = mask[:, -x.shape[1] :]
+    return gate(x, frame, mask)
+
+
+def select_rows(value: Any, n: int, dim: int, rows: Tensor) -> Any:
+    """`value` with `rows` of every tensor that has n entries in `dim`."""
+    if isinstance(value, Tensor):
+        return value.index_select(dim, rows) if value.dim() > dim and value.shape[dim] == n else value
+    if isinstance(value, tuple):
+        return tuple(select_rows(v, n, dim, rows) for v in value)
+    if isinstance(value, list):
+        return [select_rows(v, n, dim, rows) for v in value]
+    if isinstance(value, dict):
+        return {k: select_rows(v, n, dim, rows) for k, v in value.items()}
+    return value
