@@ -170,9 +170,13 @@ class Selection:
 
 
 def _plain(value: Any) -> Any:
-    """`value` without NaN and infinity, which JSON does not have."""
+    """`value` without NaN and infinity, which JSON does not have: a key that held one is missing, an item is null."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _plain(v) for k, v in value.items() if _finite(v)}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(v) if _finite(v) else None for v in value]
+    return value
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
