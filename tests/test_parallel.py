@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import veneer as vn
-from test_contract import METHODS, make, shake
+from test_contract import ALL_METHODS, make, shake
 from zoo import output
 
 CASES = [(kind, method) for kind in ("bert", "llama") for method in ("lora", "bottleneck", "prefix", "unipelt")]
@@ -21,7 +21,7 @@ CASES = [(kind, method) for kind in ("bert", "llama") for method in ("lora", "bo
 
 def build(kind: str, method: str):
     model, _ = make(kind)
-    adapter = vn.attach(model, METHODS[method](), name="a")
+    adapter = vn.attach(model, ALL_METHODS[method](), name="a")
     shake(adapter)
     return model, adapter
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import veneer as vn
-from test_contract import METHODS, attach, close, make, shake
+from test_contract import ALL_METHODS, attach, close, make, shake
 from zoo import loss, output
 
 SOME = ("lora", "ia3", "bitfit", "bottleneck", "parallel", "prefix", "prompt", "gated-lora", "gated-token", "gated-bitfit", "unipelt")
@@ -68,7 +68,7 @@ def test_autocast_and_half_bases(kind: str, method: str) -> None:
 
     half, inputs = make(kind)
     half = half.to(torch.bfloat16)
-    fresh = vn.attach(half, METHODS[method](), name="a")
+    fresh = vn.attach(half, ALL_METHODS[method](), name="a")
     assert all(p.dtype == torch.float32 for p in fresh.parameters())  # masters
     with torch.no_grad():
         for mine, theirs in zip(fresh.parameters(), adapter.parameters(), strict=True):

@@ -555,7 +555,11 @@ def _with_eos(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The model's main floating-point output."""
-    out = model(**inputs)
+    return main(model(**inputs))
+
+
+def main(out: Any) -> Tensor:
+    """The main floating-point tensor of a model's answer."""
     if isinstance(out, Tensor):
         return out
     for key in ("logits", "logits_per_image", "last_hidden_state"):

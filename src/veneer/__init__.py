@@ -7,13 +7,15 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .registry import METHODS
+
 __version__ = "0.1.0"
 
 _WHERE = {
     "errors": ("VeneerError", "PlanError", "SiteError", "AdapterError", "CapabilityError", "MergeError", "StoreError", "ConfigError", "DataError"),
     "plan": ("Plan", "gated"),
     "presets": ("preset",),
-    "methods": ("LoRA", "IA3", "BitFit", "Bottleneck", "Prefix", "PromptTuning", "Full", "methods"),
+    "methods": ("methods", *METHODS),
     "sites": ("Site",),
     "resolve": ("sites",),
     "attach": ("attach", "detach"),
@@ -23,6 +25,7 @@ _WHERE = {
     "summary": ("summary",),
     "gates": ("gates",),
     "settle": ("settle",),
+    "training": ("param_groups", "penalty", "advance"),
     "optimize": ("optimize", "unoptimize", "adamw"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _WHERE.items() for name in names}

@@ -52,10 +52,10 @@ class Adapter:
         return list(self._record().parts)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Names as in the saved file, each tensor once."""
+        """Names as in the saved file, each tensor once; without what is saved but never trained."""
         from .store import tensors_of
 
-        yield from tensors_of(self.model, self._record(), fold=False).items()
+        yield from ((k, t) for k, t in tensors_of(self.model, self._record(), fold=False).items() if isinstance(t, nn.Parameter))
 
     def parameters(self) -> Iterator[Tensor]:
         for _, p in self.named_parameters():

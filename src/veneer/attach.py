@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from .host import State
 from .install import KEY, install, uninstall
 from .methods.parts import module_at
 from .plan import Plan
+from .probe import Probe
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Record
@@ -42,6 +44,8 @@ def attach(
     dtype: torch.dtype | None = None,
     activate: bool = True,
     tokenizer: Any = None,
+    batches: Iterable[Any] | None = None,
+    loss: Callable[[Any], torch.Tensor] | None = None,
 ) -> Adapter:
     """Attach `plan` to `model` in place, as the adapter `name`; freeze the base; return a handle.
 
@@ -53,6 +57,8 @@ def attach(
                to the activations' dtype when used
     activate   make it the one active adapter (True), or leave the active ones as they are
     tokenizer  for vn.PromptTuning(init='text')
+    batches    as in training, for methods whose start depends on data (EVA, LoRA-GA, Fisher and gradient masks)
+    loss       the model's output -> the loss to differentiate there; default its `loss`
 
     Raises: PlanError, SiteError (a pattern or port that the model does not have), AdapterError (the name is taken).
     After an error the model is exactly as it was.
@@ -62,7 +68,8 @@ def attach(
     plan = Plan.from_dict(plan)
     check_name(name)
     check_free(model, name)
-    return join(model, Record(name, plan, make_parts(model, plan, dtype, tokenizer)), activate)
+    probe = None if batches is None else Probe(model, batches, loss)
+    return join(model, Record(name, plan, make_parts(model, plan, dtype, tokenizer, probe=probe)), activate)
 
 
 def check_free(model: nn.Module, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,23 +16,29 @@ from .patterns import select
 from .plan import Plan, Term
 from .sites import Site
 
+if TYPE_CHECKING:
+    from .probe import Probe
 
-def make_parts(model: nn.Module, plan: Plan, dtype: torch.dtype | None = None, tokenizer: Any = None, *, blank: bool = False) -> list[Part]:
+
+def make_parts(
+    model: nn.Module, plan: Plan, dtype: torch.dtype | None = None, tokenizer: Any = None, *, blank: bool = False, probe: Probe | None = None
+) -> list[Part]:
     """The parts of `plan` for `model`, not yet installed; `blank` ones have shapes and no numbers. Changes nothing."""
     found = resolve.sites(model)
     parts: list[Part] = []
     for i, term in enumerate(plan.terms()):
-        build = Build(model, gated=term.gate is not None, dtype=dtype, tokenizer=tokenizer, blank=blank)
+        build = Build(model, gated=term.gate is not None, dtype=dtype, tokenizer=tokenizer, blank=blank, probe=probe)
 
-        def sites(at: str | None, port: str, default: str) -> list[Site]:
+        def sites(at: str | None, port: str, default: str, kinds: tuple[str, ...] = term.method.kinds) -> list[Site]:
             why = "" if any(s.port == port for s in found) else resolve.why_not(model, port)
-            return select(found, at or default, port=port, default=at is None, why=why)
+            able = [s for s in found if s.port != "weight" or not kinds or s.kind in kinds]
+            return select(able, at or default, port=port, default=at is None, why=why)
 
         try:
             for site, part in term.method.parts(sites, build):
                 part.stage, part.method_name = term.stage, term.method.name
                 part.term = i
-                if term.gate is not None:
+                if term.gate is not None and part.acts:
                     part.gate = _gate(term, site, part, build)
                     part.published = term.gate.gate == "published" and part.acts == "kv"
                 parts.append(part)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapter import known
 from .attach import state_of
 from .errors import AdapterError, CapabilityError
+from .probe import call
 
 
 @dataclass
@@ -73,7 +74,6 @@ def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> 
         raise CapabilityError(f"{names[0]!r} has no gates", fix="Attach a gated plan: vn.gated(...)")
     seen: dict[int, list[Tensor]] = {id(p): [] for p in parts}
     training = {m: m.training for m in model.modules()}
-    device = next(model.parameters()).device
     count = 0
     active, enabled, state.enabled = state.active, state.enabled, True
     try:
@@ -86,12 +86,7 @@ def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> 
         with torch.no_grad():
             for batch in batches:
                 count += 1
-                if isinstance(batch, (tuple, list)):
-                    model(*[_to(b, device) for b in batch])
-                elif hasattr(batch, "items"):
-                    model(**{k: _to(v, device) for k, v in batch.items()})
-                else:
-                    model(_to(batch, device))
+                call(model, batch)
     finally:
         for p in parts:
             p.gate.watch = None
@@ -114,7 +109,3 @@ def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> 
             }
         )  # fmt: skip
     return GateReport(rows, names[0])
-
-
-def _to(value: Any, device: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

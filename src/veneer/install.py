@@ -44,6 +44,8 @@ def install(model: nn.Module, state: State, record: Any) -> None:
             box.add_module(f"@{record.name}", mine)
         mine.append(part)
         part.train(module.training)
+        if not part.acts:  # a bank
+            continue
         owner = host_of(model, state, site.path)
         reader = host_of(model, state, site.enter) if part.acts == "tensor" and site.enter else owner
         if part.acts == "tensor":
@@ -154,17 +156,18 @@ def exchange(model: nn.Module, state: State, path: str, kinds: set[type]) -> Non
 def uninstall(model: nn.Module, state: State, record: Any) -> None:
     """Take the parts of `record` off, and give hosts without parts their own class back."""
     mine = {id(p) for p in record.parts}
+    for path in {p.site.path for p in record.parts}:
+        box = module_at(model, path)._modules.get(KEY)
+        if box is not None:
+            box._modules.pop(f"@{record.name}", None)
+            if not box._modules:
+                del module_at(model, path)._modules[KEY]
     for path, host in list(state.hosts.items()):
         module = module_at(model, path)
         host.parts = [p for p in host.parts if id(p) not in mine]
         host.memory_parts = [p for p in host.memory_parts if id(p) not in mine]
         host.captures = [(p, c) for p, c in host.captures if id(p) not in mine]
         host.owned = {t: kept for t, ps in host.owned.items() if (kept := [p for p in ps if id(p) not in mine])}
-        box = module._modules.get(KEY)
-        if box is not None:
-            box._modules.pop(f"@{record.name}", None)
-            if not box._modules:
-                del module._modules[KEY]
         if host.attention is not None and not any(p.acts == "kv" for p in host.parts):
             host.attention.undo(module)
             host.attention = None

@@ -50,7 +50,7 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None) -> Merged:
         raise MergeError("there is no active adapter to merge", fix="Name one: vn.merge(model, 'mine')")
     new: dict[int, tuple[nn.Parameter, Tensor]] = {}
     added: dict[tuple[str, str], Tensor] = {}
-    parts = [p for n in wanted for p in state.adapters[n].parts]
+    parts = [p for n in wanted for p in state.adapters[n].parts if p.acts]
     _check(model, state, wanted, parts)
     with torch.no_grad():
         # the same order as in a call: inputs, tensors, then outputs stage by stage

@@ -14,6 +14,7 @@ from .errors import AdapterError
 from .fused import bundle
 from .head import fused_head
 from .install import layer_paths
+from .training import param_groups
 
 
 def optimize(model: nn.Module, *, fuse: bool | None = None, loss: bool = True, compile: bool | dict[str, Any] | None = None) -> nn.Module:
@@ -117,8 +118,12 @@ def adamw(params: nn.Module | Iterable[Tensor], lr: float = 1e-4, **options: Any
 
     Raises: AdapterError where nothing is trainable.
     """
-    own = [p for p in (params.parameters() if isinstance(params, nn.Module) else params) if p.requires_grad]
+    if isinstance(params, nn.Module):
+        groups = param_groups(params, lr, options.pop("weight_decay", 0.01))
+    else:
+        groups = [{"params": own} for own in ([p for p in params if p.requires_grad],) if own]
+    own = [p for g in groups for p in g["params"]]
     if not own:
         raise AdapterError("nothing here is trainable", fix="Attach a plan first: vn.attach(model, plan, name='mine')")
     fused = all(p.device.type in ("cuda", "cpu", "xpu") and p.is_floating_point() for p in own)
-    return torch.optim.AdamW(own, lr=lr, **{"fused": fused, **options})
+    return torch.optim.AdamW(groups, lr=lr, **{"fused": fused, **options})

@@ -206,15 +206,19 @@ def fill(model: nn.Module, record: Record, tensors: dict[str, Tensor], where: st
             raise StoreError(f"a tensor {key!r} that the plan does not have", where=where, fix=did_you_mean(key, own))
         if own[key].shape != value.shape:
             raise StoreError(f"{key!r} has shape {list(value.shape)}, and {list(own[key].shape)} is needed", where=where)
+        if not isinstance(own[key], nn.Parameter) and own[key].dtype == value.dtype:
+            continue
         if value.dtype not in DTYPES:
             raise StoreError(f"{key!r} is of type {str(value.dtype).removeprefix('torch.')}", where=where, fix="A parameter is a float of 16, 32 or 64 bits")
-    filled: dict[int, nn.Parameter] = {}
+    filled: dict[int, Tensor] = {}
     names = {id(p): key for key, p in own.items()}
     for part in record.parts:
         device = like(Build(model), part.site)["device"]
         for module in part.modules():
-            for key, p in module._parameters.items():
-                if p is not None and id(p) in names:
-                    if id(p) not in filled:  # shared ones stay shared; the copy leaves the mapped file behind
-                        filled[id(p)] = nn.Parameter(tensors[names[id(p)]].to(device, copy=True), requires_grad=p.requires_grad)
-                    module._parameters[key] = filled[id(p)]
+            for store in (module._parameters, module._buffers):
+                for key, p in store.items():
+                    if p is not None and id(p) in names:
+                        if id(p) not in filled:  # shared ones stay shared; the copy leaves the mapped file behind
+                            new = tensors[names[id(p)]].to(device, copy=True)
+                            filled[id(p)] = nn.Parameter(new, requires_grad=p.requires_grad) if isinstance(p, nn.Parameter) else new
+                        store[key] = filled[id(p)]  # type: ignore[assignment]

@@ -1,30 +1,28 @@
-"""The registry: one line a method. `vn.methods()` shows it."""
+"""The methods, each in its own file. `vn.methods()` shows those that registry.py lists; a class is loaded when used."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import PlanError, did_you_mean
 from ..plan import short
+from ..registry import METHODS
 from .base import Method
-from .bitfit import BitFit
-from .bottleneck import Bottleneck
-from .full import Full
-from .ia3 import IA3
-from .lora import LoRA
-from .prefix import Prefix
-from .prompt import PromptTuning
 
-REGISTRY: tuple[type[Method], ...] = (
-    LoRA,
-    IA3,
-    BitFit,
-    Bottleneck,
-    Prefix,
-    PromptTuning,
-    Full,
-)
+
+def __getattr__(name: str) -> Any:
+    if name not in METHODS:
+        raise AttributeError(f"module 'veneer.methods' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{METHODS[name]}", __name__), name)
+
+
+@functools.cache
+def registered() -> tuple[type[Method], ...]:
+    """Every method's class, in the registry's order."""
+    return tuple(__getattr__(name) for name in METHODS)
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,17 @@ class Record:
     cls: type[Method]
 
 
-CAPABILITIES = ("mergeable", "identity_at_init", "routable", "gateable")
+CAPABILITIES = ("mergeable", "identity_at_init", "routable", "gateable", "needs_data")
 
 
 def methods() -> list[Record]:
     """Every method: name, family, the ports it uses, what it can do, and its paper."""
-    return [Record(m.name, m.family, m.ports, tuple(c for c in CAPABILITIES if getattr(m, c)), m.paper, m) for m in REGISTRY]
+    return [Record(m.name, m.family, m.ports, tuple(c for c in CAPABILITIES if getattr(m, c)), m.paper, m) for m in registered()]
 
 
 def find(name: Any, where: str = "") -> type[Method]:
     """The method class called `name`. Raises: PlanError with the nearest name."""
-    for m in REGISTRY:
+    for m in registered():
         if m.name == name:
             return m
-    raise PlanError(f"there is no method {short(name)}", where=where, fix=did_you_mean(str(name), [m.name for m in REGISTRY]))
+    raise PlanError(f"there is no method {short(name)}", where=where, fix=did_you_mean(str(name), [m.name for m in registered()]))

@@ -15,7 +15,7 @@ A method never sees the model's family, a quantiser or the trainer. It is given 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import CapabilityError, PlanError, did_you_mean
@@ -25,6 +25,7 @@ from ..sites import Site
 if TYPE_CHECKING:
     import torch
 
+    from ..probe import Probe
     from .parts import Part
 
 
@@ -41,7 +42,13 @@ class Build:
     tokenizer: Any = None
     blank: bool = False
     module: Any = None
-    shared: dict[Any, Any] = field(default_factory=dict)
+    probe: Probe | None = None
+
+    def data(self, who: str) -> Probe:
+        """What measures the base on the data given to vn.attach. Raises: PlanError where none was given."""
+        if self.probe is None:
+            raise PlanError(f"{who} looks at data", fix="Give some: vn.attach(model, plan, batches=batches), as in training")
+        return self.probe
 
 
 class Method(Plan):
@@ -58,7 +65,9 @@ class Method(Plan):
     identity_at_init: ClassVar[bool] = True
     routable: ClassVar[bool] = True
     gateable: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False  # vn.attach must be given batches
     default_at: ClassVar[str] = ""
+    kinds: ClassVar[tuple[str, ...]] = ()  # of maps that it can change (see Site); () is all
 
     at: str | None
 
@@ -73,6 +82,10 @@ class Method(Plan):
 
     def part(self, site: Site, build: Build) -> Part:
         raise NotImplementedError
+
+    def advance(self, parts: list[Part], step: int, total: int) -> None:
+        """Called after every optimiser step, gradients still at hand, with the parts that this method made: for
+        methods whose shape or mask changes while they train. Default: nothing."""
 
     def leaves(self) -> Iterator[Method]:
         yield self

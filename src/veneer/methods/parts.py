@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.maps import Map, map_of
+from ..ops.weights import weight_of
 from ..sites import Site
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Part(nn.Module):
 
     acts: ClassVar[str] = ""
     replaces: ClassVar[bool] = False
+    rates: ClassVar[dict[str, float]] = {}  # learning rates of some of its parameters, as multiples of the run's
     reads_state: bool = False  # its own input, and so its gate's, is the state h that leaves the block, and not x
     gate: Gate | None
     cell: Any
@@ -60,6 +62,15 @@ class Part(nn.Module):
         # plain references, not submodules: the cell that brings the block's input, and the host that owns the tensor
         self.__dict__["cell"] = None
         self.__dict__["owner"] = None
+        self.__dict__["bank"] = None  # what it shares with other parts of its method
+
+    def frozen(self, name: str, value: Tensor | None) -> None:
+        """Keep `value` as `self.<name>`: saved with the adapter, and never trained."""
+        self.register_buffer(name, value)
+
+    def penalty(self) -> Tensor | None:
+        """A term of the training loss, where the method has one: see vn.penalty."""
+        return None
 
     def cast(self, p: Tensor, x: Tensor) -> Tensor:
         """`p` in the dtype that `x` is computed in."""
@@ -68,6 +79,16 @@ class Part(nn.Module):
     def scale_by(self, c: float) -> bool:
         """Fold the constant `c` into the parameters, so that the deviation is c times what it was. False: cannot."""
         return False
+
+
+class Bank(Part):
+    """What the parts of one method share (random projections, a bank of vectors): registered once, at the model itself.
+
+    It acts nowhere. The parts that use it keep a plain reference, as `part.bank`. Yielded before them, by Method.parts.
+    """
+
+    def __init__(self, port: str = "weight") -> None:
+        super().__init__(Site("", port))
 
 
 class OutputPart(Part):
@@ -85,8 +106,16 @@ class MapPart(OutputPart):
     def __init__(self, site: Site, build: Build) -> None:
         super().__init__(site)
         self.map: Map = map_of(site, build.module)
+        self.__dict__["module"] = build.module  # whose matrix it is: see `weight`
         if self.map.read_by_others:
             self.acts = "tensor"  # type: ignore[misc]
+
+    def weight(self) -> Tensor:
+        """The base's own canonical W (out x in, restricted to the slice), without a gradient; dequantised if need be.
+
+        Raises: CapabilityError where the module has no matrix to be had.
+        """
+        return weight_of(self.module, self.site, self.map)
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(dW, db) for the map's matrix w, out x in (experts: E x out x in), and bias b, in their own dtype."""
@@ -95,6 +124,19 @@ class MapPart(OutputPart):
     def value(self, p: Tensor) -> Tensor:
         """p + dW, where the model reads the weight itself and no call of the map can be met; its bias stays."""
         return p + self.map.stored(self.fold(self.map.canonical(p), None)[0].to(p.dtype), p)
+
+
+class DeltaPart(MapPart):
+    """A `MapPart` that adds a matrix: y = (W + dW) x + b. The subclass gives `delta`, canonical, in its own dtype."""
+
+    def delta(self) -> Tensor:
+        raise NotImplementedError
+
+    def deviation(self, x: Tensor, h: Tensor) -> Tensor:
+        return self.map.apply(x, self.cast(self.delta(), h))
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.delta().to(w.dtype), None
 
 
 class InputPart(MapPart):

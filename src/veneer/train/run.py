@@ -147,7 +147,7 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
     """
     from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PrinterCallback, TrainingArguments, set_seed
 
-    from .trainer import AdapterTrainer, last_checkpoint
+    from .trainer import AdapterTrainer, Advance, last_checkpoint
 
     output = Path(config.output)
     described = config.model_dump(mode="json") | {"plan": Plan.from_dict(config.plan, where="plan").to_dict()}
@@ -191,6 +191,7 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
         compute_metrics=scores if classify else None, callbacks=callbacks or [],
     )  # fmt: skip
     trainer.adapter_name = config.name
+    trainer.add_callback(Advance())
     if config.gradient_checkpointing:
         p.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if quiet:

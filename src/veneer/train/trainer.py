@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ..attach import state_of
 from ..errors import StoreError
 from ..store import read_tensors, save, tensors_of, write_whole
+from ..training import advance, param_groups, penalty
 
 STATE = "training.safetensors"
 
@@ -19,6 +20,21 @@ class AdapterTrainer(Trainer):
     """Saves and restores `adapter_name` in place of the whole model; all else is Trainer's."""
 
     adapter_name = "adapter"
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Trainer's optimiser, with the learning rates that the plan's methods ask for."""
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = cls(param_groups(self.model if model is None else model, self.args.learning_rate, self.args.weight_decay), **options)  # type: ignore[arg-type]
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Trainer's loss, and what the plan's methods add to it in training."""
+        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if not model.training:
+            return found
+        more = penalty(self.model)  # type: ignore[arg-type]
+        return (found[0] + more, found[1]) if isinstance(found, tuple) else found + more
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
@@ -33,6 +49,13 @@ class AdapterTrainer(Trainer):
         best = self.state.best_model_checkpoint
         if best is not None:
             fill_from(self.model, self.adapter_name, best)
+
+
+class Advance(TrainerCallback):
+    """Tells the adapters of each optimiser step."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        advance(model, min(state.global_step + 1, state.max_steps), state.max_steps)
 
 
 def keep(model: Any, name: str, folder: str | Path) -> None:

@@ -1,0 +1,11 @@
+"""The registry: one line a method, its class and the file in methods/ that holds it. Data only, so that it loads at once."""
+
+METHODS = {
+    "LoRA": "lora",
+    "IA3": "ia3",
+    "BitFit": "bitfit",
+    "Bottleneck": "bottleneck",
+    "Prefix": "prefix",
+    "PromptTuning": "prompt",
+    "Full": "full",
+}
