@@ -51,6 +51,26 @@ def write_whole(path: Path, data: bytes) -> None:
         _sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises: StoreError where `path` holds something already, cannot be made, or the disk is full.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StoreError("there is something here already", where=str(path), fix="Give a new folder, or an empty one")
+    with _refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield aside
+            os.chmod(aside, 0o755)
+            os.replace(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        _sync_folder(path.parent)
+
+
 def sweep(folder: Path, keep: set[str], old: Any) -> None:
     """Remove from `folder` the files whose names match the pattern `old`, and what killed processes left long ago.
 

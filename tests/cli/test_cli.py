@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from veneer.cli import app
+from veneer.cli import GROUPS, app
 
 
 def shell(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -31,8 +31,8 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("train", "inspect", "methods", "demo", "predict"):
-        assert verb in done.stdout
+    for word in ("Set up", "Look", "Train", "Use", *(verb.NAME for verbs in GROUPS.values() for verb in verbs)):
+        assert word in done.stdout, word
 
 
 def test_methods_lists_the_registry():

@@ -7,17 +7,24 @@ import sys
 import typer
 
 from ..errors import VeneerError
-from . import demo, inspect, methods, predict, train
+from . import chat, convert, demo, doctor, inspect, merge, methods, predict, schema, train
+
+GROUPS = {
+    "Set up": (doctor, schema),
+    "Look": (inspect, methods, demo),
+    "Train": (train,),
+    "Use": (predict, chat, merge, convert),
+}
 
 app = typer.Typer(
     name="veneer",
     help="Parameter-efficient fine-tuning: every family as one idea, gated, settled, merged.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (train, inspect, methods, demo, predict):
-    app.command(verb.NAME)(verb.command)
+for group, verbs in GROUPS.items():
+    for verb in verbs:
+        app.command(verb.NAME, rich_help_panel=group)(verb.command)
 
 
 def main() -> None:

@@ -1,0 +1,65 @@
+"""Setting up: doctor, schema, shell completion."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+from typer.testing import CliRunner
+
+from veneer import doctor
+from veneer.cli import app
+from veneer.train.config import TrainConfig
+
+
+def test_doctor_finds_this_machine_whole():
+    found = {f.what: f for f in doctor.examine()}
+    assert found["torch"].says == importlib.metadata.version("torch") and found["extra train"].state == "good"
+    assert found["a step"].says == "trained, saved and loaded on cpu" and found["cpu"].state == "good"
+    assert not [f for f in found.values() if f.state == "wrong"]
+    done = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0 and "a step" in done.output
+
+
+def test_doctor_names_the_fix(monkeypatch):
+    """A full disk, an old transformers, an extra that is absent, a torchvision for another torch."""
+    version, spec = importlib.metadata.version, doctor.importlib.util.find_spec
+
+    def versions(name):
+        if name == "datasets":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return {"transformers": "4.57.0", "torchvision": "0.1"}.get(name) or version(name)
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(doctor.metadata, "version", versions)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 5 << 20))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object() if name == "torchvision" else spec(name))
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    found = {f.what: f for f in doctor.examine()}
+    assert found["transformers"].state == "wrong" and "4.57.0, and >=5.0 is needed" in found["transformers"].says
+    assert "datasets is not installed" in found["extra train"].says and found["extra train"].fix == 'pip install "veneer[train]"'
+    assert found["extra train"].state == "absent" and found["torchvision"].state == "wrong"
+    assert "5 MiB are free" in found["this folder"].says and "Delete old runs" in found["this folder"].fix
+    done = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert done.exit_code == 1
+    for says in ("4.57.0", 'pip install "transformers>=5.0"', 'pip install "veneer[train]"', "Delete old runs", "Uninstall it, or install the build for torch"):
+        assert says in done.output, says
+
+
+def test_schema_accepts_what_the_configuration_accepts():
+    done = CliRunner().invoke(app, ["schema"])
+    schema = json.loads(done.output)
+    assert schema["additionalProperties"] is False and set(schema["properties"]) == set(TrainConfig.model_fields)
+    assert set(schema["required"]) == {k for k, f in TrainConfig.model_fields.items() if f.is_required()}
+
+
+def test_shell_completion():
+    env = {**os.environ, "_VENEER_COMPLETE": "complete_bash", "COMP_WORDS": "veneer me", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['veneer']; from veneer.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert sorted(done.stdout.split()) == ["merge", "methods"], done.stderr
