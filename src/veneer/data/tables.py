@@ -1,43 +1,61 @@
-"""Tables of text: csv, tsv, json, jsonl, parquet files, or a dataset of the hub, row by row, with errors that name the row."""
+"""Tables: the rows of a source in one format, each with the place that it came from, and what was skipped."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError, did_you_mean
-
-TEXT = ("text", "sentence", "content", "tweet", "review", "document", "message")
-LABEL = ("label", "labels", "sentiment", "category", "class", "target")
-ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+from ..errors import ConfigError, DataError
+from .formats import FORMATS, BadRow, Format, detect
+from .sources import read_rows
 
 
 @dataclass(frozen=True)
 class Table:
-    """Texts, and, where there are any, their labels as strings. `names` are the labels in sorted order."""
+    """Rows of one format.
 
-    texts: list[str]
-    labels: list[str] | None
+    rows     mappings with the format's field names; format: its name
+    source   the file, folder or dataset; places: where in it each row is, for errors
+    skipped  (place, reason) of rows that were left out; empty unless on_error is 'skip'
+    """
+
+    rows: list[dict[str, Any]]
     source: str
+    format: str = "text-label"
+    places: list[str] = field(default_factory=list)
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        """The column `text`."""
+        return [row["text"] for row in self.rows]
+
+    @property
+    def labels(self) -> list[Any] | None:
+        """The column `label`, or None where the format has none."""
+        return [row["label"] for row in self.rows] if self.rows and "label" in self.rows[0] else None
 
     @property
     def names(self) -> list[str]:
-        return sorted(set(self.labels or ()))
+        """The labels that occur, in sorted order; also those in lists of labels."""
+        return sorted({name for value in self.labels or () for name in (value if isinstance(value, list) else [value])})
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.rows)
 
-    def take(self, rows: list[int]) -> Table:
+    def place(self, i: int) -> str:
+        return self.places[i] if i < len(self.places) else f"{self.source}, row {i + 1}"
+
+    def take(self, rows: Iterable[int]) -> Table:
         """The given rows."""
-        return replace(self, texts=[self.texts[i] for i in rows], labels=[self.labels[i] for i in rows] if self.labels is not None else None)
+        rows = list(rows)
+        return replace(self, rows=[self.rows[i] for i in rows], places=[self.place(i) for i in rows])
 
     def split(self, first: int, second: int, seed: int) -> tuple[Table, Table]:
-        """Two disjoint samples, each with the labels in the table's own proportions where it has labels.
+        """Two disjoint samples, each with the labels in the table's own proportions where each row has one label.
 
         Raises: DataError where the table has not that many rows.
         """
@@ -47,129 +65,65 @@ class Table:
             raise DataError(f"{first} + {second} rows are wanted and there are {len(self)}", where=self.source, fix="Ask for fewer")
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)
-        if self.labels is None:
+        labels = self.labels
+        if labels is None or any(isinstance(v, list) for v in labels):
             return self.take(order[:first]), self.take(order[first : first + second])
         # by turns from each label, in proportion: the quota of a row is its place within its label
         seen: Counter[str] = Counter()
-        total = Counter(self.labels)
+        total = Counter(labels)
         place = {}
         for i in order:
-            place[i] = (seen[self.labels[i]] + 0.5) / total[self.labels[i]]
-            seen[self.labels[i]] += 1
+            place[i] = (seen[labels[i]] + 0.5) / total[labels[i]]
+            seen[labels[i]] += 1
         order.sort(key=lambda i: place[i])
         return self.take(sorted(order[:first])), self.take(sorted(order[first : first + second]))
 
 
 def read_table(
-    source: str, *, text: str | None = None, label: str | None = None, labelled: bool = True, encoding: str = "utf-8", split: str = "train"
+    source: str,
+    *,
+    formats: Iterable[str] = ("text-label",),
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    encoding: str = "utf-8",
+    split: str = "train",
+    subset: str | None = None,
+    on_error: str = "stop",
 ) -> Table:
-    """The table at `source`: a file (csv, tsv, json, jsonl, parquet) or a dataset's name on the hub.
+    """The table at `source`: a file (csv, tsv, json, jsonl, parquet, txt), a folder of pictures or sounds with one folder
+    for each label, a folder that `datasets` saved, or a dataset's name on the hub.
 
-    text, label  columns; by default the first of the usual names that is there
-    labelled     whether labels are wanted
+    formats      those that may be found, in order; format: the one that it is
+    columns      field -> column, where the usual names are not used; `text` and `label` are short for two of them
+    split        of a dataset; subset: its configuration's name
+    on_error     'stop': the first bad row is an error; 'skip': it is left out and counted in `Table.skipped`
 
     Raises: DataError, naming file, row and reason: no such file, a wrong encoding, a column that is missing, an empty
-    text or label, no rows, or only one label.
+    text or label, no rows; ConfigError for an unknown format or field.
     """
-    path = Path(source)
-    if path.suffix.lower() in ENDINGS or path.exists():
-        rows = _file_rows(path, encoding)
-    else:
-        rows = _hub_rows(source, split)
-    texts, labels = [], []
-    columns: tuple[str, str | None] | None = None
-    for number, row in rows:
-        where = f"{source}, row {number}"
-        if columns is None:
-            found = _column(row, text, TEXT, "text", where)
-            columns = found, _column(row, label, LABEL, "label", where) if labelled else None
-        value = row.get(columns[0])
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"column {columns[0]!r} holds no text but {value!r}", where=where, fix="Take the row out, or name another column")
-        texts.append(value)
-        if columns[1] is not None:
-            mark = row.get(columns[1])
-            if mark is None or not str(mark).strip():
-                raise DataError(f"column {columns[1]!r} is empty", where=where, fix="Give every row a label")
-            labels.append(str(mark).strip())
-    if not texts:
-        raise DataError("there are no rows", where=source)
-    table = Table(texts, labels if labelled else None, source)
-    if labelled and len(table.names) < 2:
-        raise DataError(f"there is only one label, {table.names[0]!r}", where=source, fix="A classifier needs two labels or more")
-    return table
-
-
-def _column(row: dict[str, Any], wanted: str | None, usual: tuple[str, ...], what: str, where: str) -> str:
-    if wanted is not None:
-        if wanted not in row:
-            raise DataError(f"there is no column {wanted!r}", where=where, fix=did_you_mean(wanted, map(str, row)))
-        return wanted
-    lower = {str(k).lower(): k for k in row}
-    for name in usual:
-        if name in lower:
-            return lower[name]
-    raise DataError(f"no column looks like the {what}", where=where, fix=f"Name it with data.{what}=…; columns: {', '.join(map(str, row))}")
-
-
-def _file_rows(path: Path, encoding: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line or row number, row)."""
-    if not path.exists():
-        raise DataError(
-            "there is no such file",
-            where=str(path),
-            fix=f"Nearby: {did_you_mean(path.name, [p.name for p in path.parent.glob('*')] if path.parent.exists() else [])}",
-        )
-    kind = path.suffix.lower()
-    if kind not in ENDINGS:
-        raise DataError(f"files that end in {kind!r} are not known", where=str(path), fix=f"Known: {', '.join(ENDINGS)}")
-    if kind == ".parquet":
-        from datasets import Dataset
-
-        for i, row in enumerate(Dataset.from_parquet(str(path)), 1):  # type: ignore[arg-type]
-            yield i, dict(row)  # type: ignore[call-overload]
-        return
-    try:
-        with open(path, encoding=encoding, newline="") as f:
-            if kind in (".csv", ".tsv"):
-                reader = csv.DictReader(f, delimiter="\t" if kind == ".tsv" else ",")
-                for row in reader:
-                    if None in row:
-                        raise DataError("more fields than columns", where=f"{path}, line {reader.line_num}", fix="Quote fields that hold the separator")
-                    yield reader.line_num, row
-            elif kind == ".jsonl":
-                for i, line in enumerate(f, 1):
-                    if line.strip():
-                        yield i, _mapping(json.loads(line), f"{path}, line {i}")
-            else:
-                data = json.load(f)
-                for i, row in enumerate(data if isinstance(data, list) else [data], 1):
-                    yield i, _mapping(row, f"{path}, item {i}")
-    except UnicodeDecodeError as e:
-        raise DataError(
-            f"not {encoding}: byte {e.object[e.start]:#x} at offset {e.start}", where=str(path), fix="Name its encoding: data.encoding=latin-1"
-        ) from None
-    except json.JSONDecodeError as e:
-        raise DataError(f"not JSON: {e}", where=str(path)) from None
-    except LookupError as e:
-        raise ConfigError(str(e), where="data.encoding") from None
-
-
-def _mapping(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"a row is a mapping from columns to values, not {type(row).__name__}", where=where)
-    return row
-
-
-def _hub_rows(name: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    from datasets import ClassLabel, load_dataset
-
-    try:
-        data = load_dataset(name, split=split)
-    except Exception as e:  # the library raises many kinds for 'not there'
-        raise DataError(
-            f"neither a file nor a dataset that can be loaded: {e}", where=name, fix="Give a path that ends in .csv, .tsv, .json, .jsonl or .parquet"
-        ) from e
-    classes = {k: f for k, f in data.features.items() if isinstance(f, ClassLabel)}  # type: ignore[union-attr]
-    for i, row in enumerate(data, 1):
-        yield i, {k: classes[k].int2str(v) if k in classes else v for k, v in dict(row).items()}  # type: ignore[call-overload]
+    named = dict(columns or {}) | {k: v for k, v in (("text", text), ("label", label)) if v is not None}
+    accepted = [format] if format is not None else list(formats)
+    if format is not None and format in FORMATS and formats and format not in formats:
+        raise ConfigError(f"this task does not take {format}", where="data.format", fix=f"It takes {', '.join(formats)}")
+    folder = Path() if not Path(source).is_file() else Path(source).parent
+    rows, places, skipped = [], [], []
+    found: tuple[Format, dict[str, str]] | None = None
+    for place, row in read_rows(source, encoding=encoding, split=split, subset=subset):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            if found is None:
+                found = detect(row, accepted, named, place)
+            rows.append(found[0].read(row, found[1], folder))
+            places.append(place)
+        except BadRow as bad:
+            if on_error != "skip":
+                raise bad.at(place) from None
+            skipped.append((place, bad.reason))
+    if not rows:
+        reason = f"there are no rows; {len(skipped)} were skipped, the first for: {skipped[0][1]}" if skipped else "there are no rows"
+        raise DataError(reason, where=source, fix="A table has a line with the columns' names and at least one row" if not skipped else "")
+    assert found is not None
+    return Table(rows, source, found[0].name, places, tuple(skipped))

@@ -57,8 +57,11 @@ class Prepared:
 def tables(config: TrainConfig) -> tuple[Table, Table]:
     """The training and the evaluation rows."""
     d = config.data
-    options = {"text": d.text, "label": d.label, "encoding": d.encoding, "labelled": config.task == "text-classification"}
+    labelled = config.task == "text-classification"
+    options = {"text": d.text, "label": d.label, "encoding": d.encoding, "formats": ("text-label",) if labelled else ("text",)}
     whole = table(d.train, **options)
+    if labelled and len(whole.names) < 2:
+        raise DataError(f"there is only one label, {whole.names[0]!r}", where=d.train, fix="A classifier needs two labels or more")
     if d.eval is None:
         held = d.eval_rows or max(1, len(whole) // 10)
         return whole.split(min(d.limit or len(whole), len(whole) - held), held, config.seed)
