@@ -65,19 +65,25 @@ def probe(model: Any, seed: int = 0) -> dict[str, Tensor]:
         inputs["attention_mask"] = torch.ones_like(inputs[name])
     if getattr(model.config, "is_encoder_decoder", False) and type(model).__name__.endswith("ForConditionalGeneration"):
         inputs["decoder_input_ids"] = _tokens(model.config, g)
+    if name == "input_ids" and hasattr(model.config, "vision_config"):
+        inputs["pixel_values"] = _image(model.config, g)
     device = next(model.parameters()).device
     return {k: v.to(device) for k, v in inputs.items()}
 
 
 def _tokens(config: Any, g: torch.Generator) -> Tensor:
     text = config.get_text_config()
-    special = {config.pad_token_id, getattr(config, "eos_token_id", None)}
-    low = min(max([s for s in special if isinstance(s, int)], default=0) + 1, text.vocab_size // 2)
+    pad, end = (getattr(text, k, None) for k in ("pad_token_id", "eos_token_id"))
+    special = [s for s in (pad, end) if isinstance(s, int) and s < text.vocab_size // 2]
     length = min(TOKENS, getattr(text, "max_position_embeddings", None) or TOKENS)
-    return torch.randint(low, text.vocab_size, (ROWS, length), generator=g)
+    ids = torch.randint(max(special, default=0) + 1, text.vocab_size, (ROWS, length), generator=g)
+    if isinstance(end, int) and end < text.vocab_size:
+        ids[:, -1] = end  # where some classifiers read
+    return ids
 
 
 def _image(config: Any, g: torch.Generator) -> Tensor:
+    config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     return torch.rand(ROWS, getattr(config, "num_channels", 3), height, width, generator=g)
