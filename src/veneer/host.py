@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .compose.gate import shape_like
 from .errors import AdapterError
 from .ops.maps import place, take
-from .routing import Frame, folds, gate_of, select_rows, shared_by_rows, with_own_caches
+from .routing import Frame, folds, gate_of, select_rows, shared_by_rows, widen_rows, with_own_caches
 
 if TYPE_CHECKING:
     from .methods.parts import Part
@@ -279,6 +279,11 @@ class Host:
         plain = [p for p in self.parts if p.acts == "tensor" and p.adapter in self.state.active and not _needs_call(p)]
         plain = [] if routing is not None else plain
         dim, n = self.batch_dim, x.shape[self.batch_dim]
+        if routing is not None and n == 1 < routing.size and parts:  # positions and the like come once for all rows
+            self.state.widened = parts[0]
+            n = routing.size
+            args, kwargs = widen_rows((args, kwargs), n, dim)
+            x = _first(args, kwargs)
         groups: dict[Any, list[Part]] = {}
         for part in parts:  # what does not vary within an adapter's rows goes through the module together
             groups.setdefault((part.adapter, id(part) if _needs_call(part) else 0), []).append(part)
@@ -314,8 +319,6 @@ class Host:
         # the base comes last: what it leaves in a cache is what stays there
         y = self._with_now([], forward, args, kwargs) if routing is not None else forward(*args, **kwargs)
         first = y if isinstance(y, Tensor) else y[0]
-        if routing is not None and first.shape[dim] == 1:  # positions and the like come once for all rows
-            first = first.expand(*first.shape[:dim], n, *first.shape[dim + 1 :])
         total = first
         for part, xs, out, mask in changed:
             rows = self._rows(part, first.shape[dim], first.device, frame)

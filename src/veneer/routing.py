@@ -131,6 +131,15 @@ def gate_of(part: Part, x: Tensor, frame: Frame, mask: Tensor | None, batch_dim:
     return gate(x, frame, mask)
 
 
+def widen_rows(value: Any, n: int, dim: int) -> Any:
+    """`value` with n rows of every tensor that has one entry in `dim`."""
+    if isinstance(value, Tensor):
+        return value.expand(*value.shape[:dim], n, *value.shape[dim + 1 :]) if value.dim() > dim and value.shape[dim] == 1 else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(widen_rows(v, n, dim) for v in value)
+    return {k: widen_rows(v, n, dim) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 def select_rows(value: Any, n: int, dim: int, rows: Tensor) -> Any:
     """`value` with `rows` of every tensor that has n entries in `dim`."""
     if isinstance(value, Tensor):

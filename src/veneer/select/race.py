@@ -1,0 +1,390 @@
+"""Racing: candidates train together on one base, each as if it were alone.
+
+    batch  = rows of candidate 1 | rows of candidate 2 | … | rows of candidate K      (one forward, one backward)
+    L      = sum over candidates of (mean loss over its own rows)
+
+A deviation acts on its own rows only (`vn.route`), so dL/dθ_k is the gradient of candidate k's own mean loss, and its clipping,
+optimiser and schedule read nothing else. K candidates share the base's forward and backward, which pays where one candidate's
+batch leaves the machine idle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import activate, active, route
+from ..attach import attach, detach
+from ..errors import CapabilityError, ConfigError, VeneerError, did_you_mean
+from ..plan import Plan, short
+from .lanes import Candidate, Lane, Record
+from .rows import Judge, Loss, Order, Rows, loss_of
+
+KEEP = ("winner", "all", "none")
+SPARE = ("time", "rows")
+
+
+@dataclass
+class RaceReport:
+    """What a race gave; plain data but for the plan.
+
+    candidates  name -> Record: status, scores, losses, parameters, examples, seconds, note
+    winner      the name of the best score among those that neither diverged nor were dropped; None if none is left
+    batches     (first step, rows) pairs: the batch size of each candidate; racing one candidate alone with batch=this, the
+                same seed and steps gives the same weights
+    rungs       (step, survivors) pairs of successive halving
+    seconds     of the whole race, evaluation included
+    """
+
+    candidates: dict[str, Record]
+    winner: str | None
+    steps: int
+    batches: list[tuple[int, int]]
+    rungs: list[tuple[int, int]]
+    seconds: float
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The winner's plan."""
+        return None if self.winner is None else Plan.from_dict(self.candidates[self.winner].plan)
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        return {n: r.best for n, r in self.candidates.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        width = max(9, *(len(n) for n in self.candidates))
+        lines = [f"{'candidate':<{width}}  {'score':>8}  {'at step':>7}  {'parameters':>11}  {'examples':>8}  {'seconds':>7}  status"]
+        order = sorted(self.candidates.values(), key=lambda r: (r.best is not None, r.best or 0.0), reverse=True)
+        for r in order:
+            score = "-" if r.best is None else f"{r.best:.4f}"
+            note = f" ({r.note})" if r.note else ""
+            mark = "*" if r.name == self.winner else " "
+            lines.append(f"{r.name:<{width}}{mark} {score:>8}  {r.best_step:>7}  {r.parameters:>11,}  {r.examples:>8,}  {r.seconds:>7.1f}  {r.status}{note}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def race(
+    model: nn.Module,
+    candidates: Mapping[str, Plan | Candidate | Any],
+    train: Any,
+    evaluate: Any,
+    *,
+    steps: int,
+    batch: int | Sequence[tuple[int, int]] = 16,
+    eval_batch: int = 64,
+    evaluate_every: int | None = None,
+    halving: int = 0,
+    spare: str = "time",
+    together: bool = True,
+    max_rows: int | None = None,
+    best: bool = True,
+    loss: Loss | None = None,
+    metric: Callable[[Tensor, Tensor], float] | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    keep: str = "winner",
+    on_step: Callable[[int, dict[str, Record]], None] | None = None,
+) -> RaceReport:
+    """Train `candidates` together on `model`, and say which scores best.
+
+    Each candidate reads the same examples in the same order (epochs shuffled by `seed`), starts from the numbers that it would
+    start from alone, and takes its own optimiser steps: its weights equal those of a race with it alone to rounding. That holds
+    where the base computes each example by itself; with dropout the masks are drawn for the whole batch, and batch norms mix rows.
+
+    candidates      name -> plan, or Candidate(plan, lr=…, clip=…, patience=…)
+    train           a list of dicts (input_ids, labels, …), padded here, or one dict of tensors, an example in each row
+    evaluate        held-out examples of the same kind; or model -> float, higher is better, called with one candidate active
+    steps           optimiser steps of each
+    batch           rows of each candidate in a step; or (first step, rows) pairs
+    eval_batch      rows of each candidate in a batch of evaluation
+    evaluate_every  steps; None: at the end and at the rungs of halving
+    halving         eta of successive halving (Jamieson & Talwalkar 2016): at steps·eta^-1, eta^-2, … the worse go, so that n,
+                    n/eta, n/eta², … are left; 0: none
+    spare           what becomes of their rows: 'time' (the steps get cheaper) or 'rows' (the batch of those left grows by
+                    n / survivors, by plan, also where some diverged before). `report.batches` says which, so that the same
+                    candidate trained alone with batch=report.batches is the same
+    together        False: one candidate after another's step, each alone in its batch, for comparison
+    max_rows        most rows in one forward; more candidates than fit go in several
+    best            keep the weights of each candidate's best score, not those of its last step
+    loss            (logits, labels) -> (sum, count); default by the labels' shape
+    metric          (logits, labels) -> float on all held-out rows; default accuracy, or minus the mean loss
+    checkpoint      a folder: the race is saved there, whole or not at all, every `checkpoint_every` steps (default: at each
+                    evaluation), and goes on from there if it holds the same race
+    keep            'winner' (it stays attached and active), 'all' or 'none'
+    on_step         called with the step and the records, to show progress
+
+    A candidate whose loss or score is not finite is taken out (status 'diverged'); its rows touch no others'. Candidates with a
+    method that cannot be routed run alone in the same race, and their record says so.
+
+    Raises: ConfigError, DataError, PlanError, SiteError, AdapterError (a name is taken). After an error the model is as before.
+    """
+    chosen = _candidates(candidates)
+    _check(steps, batch, eval_batch, evaluate_every, halving, spare, keep, max_rows, checkpoint_every)
+    if not callable(evaluate):
+        evaluate = Rows(evaluate, pad=_pad(model), device=_device(model), what="evaluate")
+    rows = Rows(train, pad=_pad(model), device=_device(model), what="train")
+    rungs = _rungs(len(chosen), steps, halving)
+    batches = [(0, batch)] if isinstance(batch, int) else [(int(a), int(b)) for a, b in batch]
+    if spare == "rows":
+        batches = [*batches, *((s, batches[0][1] * len(chosen) // left) for s, left in rungs if s < steps)]
+    settings = {"steps": steps, "batches": batches, "rungs": rungs, "seed": seed, "best": best, "examples": len(rows)}
+    was_active = active(model) if "_veneer_state" in model.__dict__ else ()
+    attached: list[str] = []
+    try:
+        lanes = []
+        for name, c in chosen.items():
+            with torch.random.fork_rng(devices=_cuda(model)):
+                torch.manual_seed(seed)  # each starts from the numbers that it would start from alone
+                adapter = _named(name, lambda c=c, n=name: attach(model, c.plan, name=n, activate=False))
+            attached.append(name)
+            record = Record(name, c.plan.to_dict(), {k: v for k, v in c.to_dict().items() if k != "plan"}, adapter.num_parameters)
+            lanes.append(Lane(c, adapter, steps, record))
+        own_loss = loss or loss_of(model)
+        run = _Race(model, lanes, rows, evaluate, Order(len(rows), batches, seed), own_loss, Judge(own_loss, metric), eval_batch, together, max_rows, best)
+        run.go(settings, evaluate_every, dict(rungs), checkpoint, checkpoint_every, on_step)
+        able = [x for x in lanes if x.record.best is not None and x.record.status in ("finished", "stopped")]
+        first = max(able, key=lambda x: (x.record.best, -x.record.parameters), default=None)
+        report = RaceReport({x.name: x.record for x in lanes}, first.name if first else None, steps, batches, rungs, run.seconds, seed, settings)
+        for lane in lanes:
+            lane.restore()
+            lane.tensors.clear()
+            if keep == "none" or (keep == "winner" and lane is not first):
+                detach(model, lane.name)
+                attached.remove(lane.name)
+    except BaseException:
+        for name in attached:
+            detach(model, name)
+        if was_active:
+            activate(model, was_active)
+        raise
+    if keep != "none" and report.winner is not None:
+        activate(model, report.winner)
+    elif "_veneer_state" in model.__dict__:
+        activate(model, was_active)
+    return report
+
+
+class _Race:
+    """A race while it runs."""
+
+    def __init__(
+        self, model: nn.Module, lanes: list[Lane], rows: Rows, evaluate: Any, order: Order, loss: Loss, judge: Judge,
+        eval_batch: int, together: bool, max_rows: int | None, best: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.lanes, self.rows, self.evaluate, self.order = model, lanes, rows, evaluate, order
+        self.loss, self.judge, self.eval_batch, self.together, self.max_rows, self.best = loss, judge, eval_batch, together, max_rows, best
+        self.step, self.seconds = 0, 0.0
+        self.eager = not _cuda(model)  # on a GPU losses are fetched now and then, since each fetch waits for it
+        self.probe()
+
+    @property
+    def running(self) -> list[Lane]:
+        return [lane for lane in self.lanes if lane.running]
+
+    def probe(self) -> None:
+        """Find the candidates that cannot be routed: their methods say so, or act on a state that all rows share."""
+        inputs, _ = self.rows.batch([0])
+        wide = {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in inputs.items()}
+        for lane in self.lanes:
+            try:
+                with torch.no_grad(), route(self.model, [lane.name, None]):
+                    self.model(**wide)
+            except CapabilityError as e:
+                lane.record.together, lane.record.note = False, f"run alone: {e.what}"
+
+    def go(self, settings: dict[str, Any], every: int | None, rungs: dict[int, int], folder: str | Path | None, save_every: int | None, on_step: Any) -> None:
+        from .checkpoint import load, save
+
+        steps = settings["steps"]
+        if folder is not None:
+            load(Path(folder), self, settings)
+        training = {m: m.training for m in self.model.modules()}
+        began, before = time.perf_counter(), self.seconds
+        try:
+            while self.step < steps and self.running:
+                self.train_step()
+                due = self.step in rungs or self.step == steps or (every is not None and self.step % every == 0)
+                if due:
+                    self.judge_all()
+                    self.halve(rungs.get(self.step))
+                self.seconds = before + time.perf_counter() - began
+                if folder is not None and (due if save_every is None else self.step % save_every == 0 or self.step == steps):
+                    self.settle()
+                    save(Path(folder), self, settings)
+                if on_step is not None:
+                    on_step(self.step, {x.name: x.record for x in self.lanes})
+        finally:
+            for m, t in training.items():
+                m.training = t
+        for lane in self.running:
+            lane.end("finished")
+        if folder is not None:
+            save(Path(folder), self, settings)
+
+    def heats(self, rows: int) -> list[list[Lane]]:
+        """The lanes that share a forward: those that can, as many as `max_rows` allows."""
+        shared = [x for x in self.running if x.record.together and self.together]
+        alone = [[x] for x in self.running if not (x.record.together and self.together)]
+        each = max(1, len(shared) if self.max_rows is None else self.max_rows // rows)
+        return [shared[i : i + each] for i in range(0, len(shared), each)] + alone
+
+    @contextlib.contextmanager
+    def in_force(self, heat: list[Lane], rows: int) -> Iterator[None]:
+        if len(heat) == 1:
+            if active(self.model) != (heat[0].name,):
+                activate(self.model, heat[0].name)
+            yield
+        else:
+            with route(self.model, [x.name for x in heat for _ in range(rows)]):
+                yield
+
+    def logits(self, heat: list[Lane], inputs: dict[str, Tensor], n: int) -> list[Tensor]:
+        """Each lane's logits for the same n rows."""
+        k = len(heat)
+        wide = inputs if k == 1 else {key: v.repeat(k, *[1] * (v.dim() - 1)) for key, v in inputs.items()}
+        with self.in_force(heat, n):
+            out = self.model(**wide)
+        logits = out if isinstance(out, Tensor) else out["logits"] if hasattr(out, "keys") else out[0]
+        return list(logits.split(logits.shape[0] // k))
+
+    def train_step(self) -> None:
+        self.model.train()
+        inputs, labels = self.rows.batch(self.order.rows(self.step))
+        n = labels.shape[0]
+        for heat in self.heats(n):
+            begin = time.perf_counter()
+            losses = []
+            for logits in self.logits(heat, inputs, n):
+                total, count = self.loss(logits, labels)
+                losses.append(total / count.clamp(min=1))
+            # the sum's gradient with respect to each loss is 1, also where another is NaN
+            torch.stack(losses).sum().backward()
+            for lane, loss in zip(heat, losses, strict=True):
+                lane.step(loss, n)
+            self.share(heat, begin)
+        self.step += 1
+        if self.eager or self.step % 20 == 0:
+            self.settle()
+
+    def settle(self) -> None:
+        for lane in self.running:
+            lane.settle()
+
+    def judge_all(self) -> None:
+        """Score every running candidate."""
+        self.settle()
+        self.model.eval()
+        with torch.no_grad():
+            for heat in self.heats(self.eval_batch):
+                begin = time.perf_counter()
+                if isinstance(self.evaluate, Rows):
+                    scores = self.scores(heat)
+                else:
+                    scores = []
+                    for lane in heat:
+                        with self.in_force([lane], 0):
+                            scores.append(float(self.evaluate(self.model)))
+                for lane, score in zip(heat, scores, strict=True):
+                    lane.scored(score, self.best)
+                self.share(heat, begin)
+
+    def scores(self, heat: list[Lane]) -> list[float]:
+        found: list[list[Tensor]] = [[] for _ in heat]
+        truth: list[Tensor] = []
+        for start in range(0, len(self.evaluate), self.eval_batch):
+            inputs, labels = self.evaluate.batch(range(start, min(start + self.eval_batch, len(self.evaluate))))
+            truth.append(labels)
+            for mine, logits in zip(found, self.logits(heat, inputs, labels.shape[0]), strict=True):
+                mine.append(logits)
+        return [self.judge.score(mine, truth) for mine in found]
+
+    def halve(self, survivors: int | None) -> None:
+        if survivors is None:
+            return
+        ranked = sorted(self.running, key=lambda x: x.record.scores[-1][1], reverse=True)
+        for place, lane in enumerate(ranked[survivors:], survivors + 1):
+            lane.end("dropped", f"place {place} of {len(ranked)} at step {self.step}, {survivors} go on")
+
+    def share(self, heat: list[Lane], begin: float) -> None:
+        each = (time.perf_counter() - begin) / len(heat)
+        for lane in heat:
+            lane.record.seconds += each
+
+
+def _candidates(given: Any) -> dict[str, Candidate]:
+    if not isinstance(given, Mapping) or not given:
+        raise ConfigError(f"a race needs candidates, not {short(given)}", fix="Give {'lora': vn.LoRA(8), 'bitfit': vn.BitFit(), …}")
+    out = {}
+    for name, c in given.items():
+        out[name] = c if isinstance(c, Candidate) else _named(name, lambda c=c: Candidate(c))
+    return out
+
+
+def _named(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives; its refusals say which candidate they are about."""
+    try:
+        return make()
+    except VeneerError as e:
+        raise type(e)(e.what, where=f"candidate {name}{', ' + e.where if e.where else ''}", fix=e.fix) from None
+
+
+def _check(steps: Any, batch: Any, eval_batch: Any, every: Any, halving: Any, spare: Any, keep: Any, max_rows: Any, save_every: Any) -> None:
+    whole = {"steps": steps, "eval_batch": eval_batch}
+    whole |= {k: v for k, v in (("evaluate_every", every), ("max_rows", max_rows), ("checkpoint_every", save_every)) if v is not None}
+    if isinstance(batch, int):
+        whole["batch"] = batch
+    elif not batch or batch[0][0] != 0 or [a for a, _ in batch] != sorted({a for a, _ in batch}) or any(b < 1 for _, b in batch):
+        raise ConfigError(f"batch is {short(batch)}", fix="Give a number of rows, or (first step, rows) pairs that begin with step 0")
+    for key, value in whole.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{key} is {short(value)}", fix="Give a whole number of at least 1")
+    if not isinstance(halving, int) or halving < 0 or halving == 1:
+        raise ConfigError(f"halving is {short(halving)}", fix="Give 2 or more: what share of the candidates goes on is 1/halving; 0 for none")
+    if spare not in SPARE:
+        raise ConfigError(f"spare is {short(spare)}", fix=did_you_mean(str(spare), SPARE))
+    if keep not in KEEP:
+        raise ConfigError(f"keep is {short(keep)}", fix=did_you_mean(str(keep), KEEP))
+    if spare == "rows" and not isinstance(batch, int):
+        raise ConfigError("spare='rows' plans the batch itself", fix="Give batch as a number, or spare='time'")
+
+
+def _rungs(n: int, steps: int, eta: int) -> list[tuple[int, int]]:
+    """(step, survivors) of successive halving."""
+    if not eta or n < 2:
+        return []
+    left, counts = n, []
+    while left > 1:
+        left = -(-left // eta)
+        counts.append(left)
+    out: dict[int, int] = {}
+    for i, c in enumerate(counts):
+        out[max(1, round(steps * eta ** (i - len(counts))))] = c
+    return sorted(out.items())
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _cuda(model: nn.Module) -> list[torch.device]:
+    return [d] if (d := _device(model)).type == "cuda" else []
+
+
+def _pad(model: Any) -> int:
+    return getattr(getattr(model, "config", None), "pad_token_id", None) or 0
