@@ -12,7 +12,7 @@ All three do nothing for methods that need nothing, so a loop may always use the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,15 +23,15 @@ from .errors import AdapterError
 from .plan import finite
 
 
-def parts_in_use(model: nn.Module) -> Iterator[Any]:
-    """The parts of the active adapters."""
+def parts_in_use(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[Any]:
+    """The parts of the active adapters, or of those named."""
     state = state_of(model)
-    for name in state.active:
+    for name in state.active if names is None else names:
         yield from state.adapters[name].parts
 
 
-def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser: what is trainable, by learning rate.
+def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser: what is trainable (of the adapters `names` alone, where given), by learning rate.
 
     A method may train some of its parameters at a multiple of `lr`, as LoRA+ does B. One-dimensional parameters (vectors,
     biases, norms) get no weight decay, as is usual. Raises: AdapterError where nothing is trainable, or lr is no number.
@@ -45,25 +45,26 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list
                 for key, p in part.named_parameters():
                     faster[id(p)] = part.rates.get(key, 1.0)
     groups: dict[tuple[float, float], list[Tensor]] = {}
+    mine = None if names is None else {id(p) for part in parts_in_use(model, names) for p in part.parameters()}
     for p in model.parameters():
-        if p.requires_grad:
+        if p.requires_grad and (mine is None or id(p) in mine):
             groups.setdefault((faster.get(id(p), 1.0), weight_decay if p.dim() > 1 else 0.0), []).append(p)
     if not groups:
         raise AdapterError("nothing here is trainable", fix="Attach a plan first: vn.attach(model, plan, name='mine')")
     return [{"params": ps, "lr": lr * rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
-def penalty(model: nn.Module) -> Tensor:
-    """The sum of what the active adapters add to the training loss (AdaLoRA's orthogonality, a mixture's balance); a
-    zero where they add nothing. Call it after the model and before the backward pass."""
-    terms = [t for part in parts_in_use(model) if (t := part.penalty()) is not None]
+def penalty(model: nn.Module, names: Iterable[str] | None = None) -> Tensor:
+    """The sum of what the active adapters (or those named) add to the training loss (AdaLoRA's orthogonality, a mixture's
+    balance); a zero where they add nothing. Call it after the model and before the backward pass."""
+    terms = [t for part in parts_in_use(model, names) if (t := part.penalty()) is not None]
     if not terms:
         return torch.zeros((), device=next(model.parameters()).device)
     return torch.stack([t.to(terms[0].device) for t in terms]).sum()
 
 
-def advance(model: nn.Module, step: int, total: int) -> None:
-    """Tell the active adapters that optimiser step `step` of `total` (counted from 1) is done; gradients must still be
+def advance(model: nn.Module, step: int, total: int, names: Iterable[str] | None = None) -> None:
+    """Tell the active adapters (or those named) that optimiser step `step` of `total` (counted from 1) is done; gradients must still be
     there. Methods that change while they train (AdaLoRA's budget, a lottery ticket's rewind) act on it.
 
     Raises: AdapterError for a step that is not within 1 to total.
@@ -71,7 +72,7 @@ def advance(model: nn.Module, step: int, total: int) -> None:
     if not 1 <= step <= total:
         raise AdapterError(f"step {step} of {total}", fix="Steps count from 1 to the total")
     state = state_of(model)
-    for name in state.active:
+    for name in state.active if names is None else names:
         record = state.adapters[name]
         for i, term in enumerate(record.plan.terms()):
             term.method.advance([p for p in record.parts if p.term == i], step, total)

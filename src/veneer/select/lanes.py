@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import ConfigError, did_you_mean
-from ..optimize import adamw
 from ..plan import Plan, finite, short
 from ..train.rates import rate_of
+from ..training import advance, param_groups
 
 SCHEDULES = {
     "constant": lambda share: 1.0,
@@ -109,8 +109,12 @@ class Lane:
     def __init__(self, candidate: Candidate, adapter: Adapter, steps: int, record: Record) -> None:
         self.candidate, self.adapter, self.steps, self.record = candidate, adapter, steps, record
         self.tensors = dict(adapter.named_parameters())
-        self.params = [p for p in self.tensors.values() if p.requires_grad]
-        self.optimizer = adamw(self.params, lr=candidate.rate, weight_decay=candidate.weight_decay, betas=candidate.betas, eps=candidate.eps)
+        groups = param_groups(adapter.model, 1.0, candidate.weight_decay, names=(adapter.name,))
+        for group in groups:
+            group["rate"] = group["lr"]  # as a multiple of the candidate's own
+        self.params = [p for group in groups for p in group["params"]]
+        fused = all(p.device.type in ("cuda", "cpu", "xpu") for p in self.params)
+        self.optimizer = torch.optim.AdamW(groups, betas=candidate.betas, eps=candidate.eps, fused=fused)
         self.kept: dict[str, Tensor] = {}
         self.since = 0
         self.pending: list[tuple[int, Tensor]] = []  # losses that still lie on the device
@@ -129,8 +133,9 @@ class Lane:
         if c.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.params, c.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = c.rate_at(r.step, self.steps)
+            group["lr"] = group["rate"] * c.rate_at(r.step, self.steps)
         self.optimizer.step()
+        advance(self.adapter.model, r.step + 1, self.steps, names=(self.name,))
         self.optimizer.zero_grad(set_to_none=True)
         r.step += 1
         r.examples += rows

@@ -24,11 +24,13 @@ from ..adapter import activate, active, route
 from ..attach import attach, detach
 from ..errors import CapabilityError, ConfigError, VeneerError, did_you_mean
 from ..plan import Plan, short
+from ..training import penalty
 from .lanes import Candidate, Lane, Record
 from .rows import Judge, Loss, Order, Rows, loss_of
 
 KEEP = ("winner", "all", "none")
 SPARE = ("time", "rows")
+SHOWN = 8  # batches that methods whose start depends on data are shown
 
 
 @dataclass
@@ -96,6 +98,7 @@ def race(
     loss: Loss | None = None,
     metric: Callable[[Tensor, Tensor], float] | None = None,
     seed: int = 0,
+    tokenizer: Any = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     keep: str = "winner",
@@ -124,6 +127,7 @@ def race(
     best            keep the weights of each candidate's best score, not those of its last step
     loss            (logits, labels) -> (sum, count); default by the labels' shape
     metric          (logits, labels) -> float on all held-out rows; default accuracy, or minus the mean loss
+    tokenizer       for vn.PromptTuning(init='text')
     checkpoint      a folder: the race is saved there, whole or not at all, every `checkpoint_every` steps (default: at each
                     evaluation), and goes on from there if it holds the same race
     keep            'winner' (it stays attached and active), 'all' or 'none'
@@ -146,17 +150,20 @@ def race(
     settings = {"steps": steps, "batches": batches, "rungs": rungs, "seed": seed, "best": best, "examples": len(rows)}
     was_active = active(model) if "_veneer_state" in model.__dict__ else ()
     attached: list[str] = []
+    order = Order(len(rows), batches, seed)
+    shown = [inputs | {"labels": labels} for inputs, labels in map(rows.batch, map(order.rows, range(min(steps, SHOWN))))]
     try:
         lanes = []
         for name, c in chosen.items():
             with torch.random.fork_rng(devices=_cuda(model)):
                 torch.manual_seed(seed)  # each starts from the numbers that it would start from alone
-                adapter = _named(name, lambda c=c, n=name: attach(model, c.plan, name=n, activate=False))
+                data = shown if any(m.needs_data for m in c.plan.leaves()) else None
+                adapter = _named(name, lambda c=c, n=name, b=data: attach(model, c.plan, name=n, activate=False, tokenizer=tokenizer, batches=b))
             attached.append(name)
             record = Record(name, c.plan.to_dict(), {k: v for k, v in c.to_dict().items() if k != "plan"}, adapter.num_parameters)
             lanes.append(Lane(c, adapter, steps, record))
         own_loss = loss or loss_of(model)
-        run = _Race(model, lanes, rows, evaluate, Order(len(rows), batches, seed), own_loss, Judge(own_loss, metric), eval_batch, together, max_rows, best)
+        run = _Race(model, lanes, rows, evaluate, order, own_loss, Judge(own_loss, metric), eval_batch, together, max_rows, best)
         run.go(settings, evaluate_every, dict(rungs), checkpoint, checkpoint_every, on_step)
         able = [x for x in lanes if x.record.best is not None and x.record.status in ("finished", "stopped")]
         first = max(able, key=lambda x: (x.record.best, -x.record.parameters), default=None)
@@ -273,8 +280,9 @@ class _Race:
             for logits in self.logits(heat, inputs, n):
                 total, count = self.loss(logits, labels)
                 losses.append(total / count.clamp(min=1))
+            terms = [loss + penalty(self.model, names=(lane.name,)) for lane, loss in zip(heat, losses, strict=True)]
             # the sum's gradient with respect to each loss is 1, also where another is NaN
-            torch.stack(losses).sum().backward()
+            torch.stack(terms).sum().backward()
             for lane, loss in zip(heat, losses, strict=True):
                 lane.step(loss, n)
             self.share(heat, begin)
