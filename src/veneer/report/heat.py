@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from ..store import write_whole
+from . import charts
+from .page import Page
 
 SHADES = " ░▒▓█"
 
 
 def grid(rows: list[dict[str, Any]]) -> tuple[list[str], list[str], list[list[float | None]], list[list[float | None]]]:
-    """(layers, columns, mean, spread) from the rows of a GateReport; a cell is the mean over its gates."""
+    """(layers, columns, mean, spread) from the rows of a GateReport; a cell is the mean over its gates, None where there
+    is no gate or no example reached it."""
+    rows = [r for r in rows if math.isfinite(r["mean"])]
     columns = list(dict.fromkeys(f"{r['method']} {r['module']}" for r in rows))
     layers = list(dict.fromkeys((r["tower"], r["layer"]) for r in sorted(rows, key=lambda r: (r["tower"], -1 if r["layer"] is None else r["layer"]))))
     towers = {t for t, _ in layers}
@@ -48,26 +52,15 @@ def terminal(rows: list[dict[str, Any]]) -> Any:
     return table
 
 
+def add(page: Page, rows: list[dict[str, Any]], title: str = "Gates") -> None:
+    """A section of `page` with the heat map and the mean of each method."""
+    page.section(title, "How much of each method the model lets through: the mean over examples of its gate (0 to 1), ± their standard deviation.")
+    layers, columns, mean, spread = grid(rows)
+    page.figure(charts.heat(layers, columns, mean, spread), "Mean gate by layer and method", wide=True)
+
+
 def page(rows: list[dict[str, Any]], path: Path, title: str) -> Path:
     """Write the heat map to `path` as one self-contained HTML file."""
-    import plotly.graph_objects as go
-
-    layers, columns, mean, spread = grid(rows)
-    text = [["" if m is None else f"{m:.2f}<br>±{s:.2f}" for m, s in zip(ms, ss, strict=True)] for ms, ss in zip(mean, spread, strict=True)]
-    known = [m for ms in mean for m in ms if m is not None]
-    figure = go.Figure(
-        go.Heatmap(
-            z=mean,
-            x=columns,
-            y=[f"layer {n}" for n in layers],
-            text=text,
-            texttemplate="%{text}",
-            colorscale="Blues",
-            zmin=min(known),
-            zmax=max(known),
-            colorbar={"title": "mean gate"},
-        )
-    )
-    figure.update_layout(title=title, yaxis={"autorange": "reversed"}, template="simple_white", width=160 + 130 * len(columns), height=180 + 62 * len(layers))
-    write_whole(path, figure.to_html(include_plotlyjs=True, full_html=True).encode())
-    return path
+    new = Page(title)
+    add(new, rows)
+    return new.write(path)
