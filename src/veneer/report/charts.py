@@ -10,7 +10,7 @@ from .page import plotly, shown
 # told apart by people who see few colours, on white and on black; from the ninth on, dashes tell too
 COLOURS = ("#3b82d6", "#e07b2e", "#2a9d6f", "#a06bd6", "#d9527f", "#b98a00", "#21a3b5", "#8a94a0")
 DASHES = ("solid", "dash", "dot", "dashdot")
-SEQUENTIAL = ((0, "#e8f0fa"), (0.5, "#86b4e4"), (1, "#0b4a94"))  # numbers written on it stay readable, by day and by night
+SEQUENTIAL = ((0, "#eef4fb"), (0.5, "#a3c6eb"), (0.75, "#3f7cbd"), (1, "#0b4a94"))  # numbers written on it stay readable, by day and by night
 MOST_WRITTEN = 12  # classes up to which a confusion matrix has room for its counts
 MOST_TICKS = 40
 
@@ -82,7 +82,9 @@ def heat(layers: Sequence[str], columns: Sequence[str], mean: Any, spread: Any) 
     )  # fmt: skip
     figure.update_layout(layout(90 + 44 * len(layers), y="layer"))
     ticks = [short(c, 24).replace(" ", "\n", 1) for c in columns]
-    figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=ticks, side="top", showgrid=False, zeroline=False, tickangle=0 if len(columns) <= 6 else -45)
+    figure.update_xaxes(
+        tickvals=list(range(len(columns))), ticktext=ticks, side="top", showgrid=False, zeroline=False, tickangle=0 if len(columns) <= 6 else -45
+    )
     figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=list(layers), autorange="reversed", showgrid=False, zeroline=False)
     figure.update_layout(margin={"t": 60, "b": 16})
     return figure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from .page import Page, shown
 
 REPORT, OBSERVED, GATES, CONFIG = "report.html", "evaluation.json", "gates.json", "config.yaml"
 MOST_ROWS = 200
-# names of Trainer's log -> the chart they stand in; an evaluation score not named here has one of its own
+# ends of the names in Trainer's log that are no scores
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "tokens_per_second", "model_preparation_time")
 
 
@@ -54,9 +53,12 @@ def log_of(folder: Path, run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def series(log: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of `key` in the log."""
-    found = [(e["step"], e[key]) for e in log if isinstance(e.get(key), (int, float)) and "step" in e]
-    return [s for s, _ in found], [v for _, v in found]
+    """(steps, values) of `key` in the log; the first at each step, since the last evaluation is of the best checkpoint."""
+    found: dict[int, float] = {}
+    for e in log:
+        if isinstance(e.get(key), (int, float)) and "step" in e:
+            found.setdefault(e["step"], e[key])
+    return list(found), list(found.values())
 
 
 def scores_of(log: list[dict[str, Any]]) -> list[str]:
@@ -121,11 +123,18 @@ def _answers(page: Page, observed: dict[str, Any]) -> None:
     labels, counts = observed.get("labels"), observed.get("counts")
     if labels and counts:
         page.section("Classes", f"On the {sum(map(sum, counts)):,} evaluation rows.")
-        page.figure(charts.confusion(labels, counts), "Confusion matrix", "Rows are the truth. The colour is the share of that class that got this answer.", wide=len(labels) > 12)
+        page.figure(
+            charts.confusion(labels, counts),
+            "Confusion matrix",
+            "Rows are the truth. The colour is the share of that class that got this answer.",
+            wide=len(labels) > 12,
+        )
         page.table(("class", "precision", "recall", "F1", "examples"), per_class(labels, counts))
     if observed.get("mistakes"):
         page.section("Mistakes", "The surest wrong answers first.")
-        page.table(("truth", "answer", "probability", "text"), [(m["truth"], m["answer"], m["probability"], m["text"]) for m in observed["mistakes"][:MOST_ROWS]])
+        page.table(
+            ("truth", "answer", "probability", "text"), [(m["truth"], m["answer"], m["probability"], m["text"]) for m in observed["mistakes"][:MOST_ROWS]]
+        )
     if observed.get("samples"):
         page.section("Samples", "Continuations of the beginnings of evaluation rows, greedy.")
         page.table(("beginning", "the model goes on", "the row goes on"), [(s["prompt"], s["answer"], s["truth"]) for s in observed["samples"][:MOST_ROWS]])
@@ -170,8 +179,3 @@ def as_yaml(data: Any) -> str:
     import yaml
 
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
-
-
-def finite(value: Any) -> bool:
-    """Whether `value` is a number to draw."""
-    return isinstance(value, (int, float)) and math.isfinite(value)

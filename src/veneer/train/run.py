@@ -18,10 +18,14 @@ from ..data.tables import Table
 from ..errors import ConfigError, DataError
 from ..methods import Full
 from ..plan import Plan
+from ..report.run import CONFIG, as_yaml, report
 from ..store import save, write_whole
 from ..summary import summary
 from .config import TrainConfig
+from .observe import Seen, hardware, observe
+from .progress import Progress
 from .rates import rate_of
+from .trackers import trackers
 
 RUN, CHECKPOINTS, ADAPTER = "run.json", "checkpoints", "adapter"
 
@@ -143,7 +147,7 @@ def scores(prediction: Any) -> dict[str, float]:
 
 
 def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool = False, rows: tuple[Table, Table] | None = None) -> Result:
-    """Train as `config` says and write the run's folder: `adapter/`, `run.json`, and `checkpoints/` to go on from.
+    """Train as `config` says and write the run's folder: `adapter/`, `run.json`, `report.html`, and `checkpoints/` to go on from.
 
     A folder that holds a run of the same configuration is gone on with from its last checkpoint; a finished one is an
     error. Raises: ConfigError, DataError, PlanError, SiteError, StoreError.
@@ -153,6 +157,7 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
     from .trainer import AdapterTrainer, Advance, last_checkpoint
 
     output = Path(config.output)
+    report_to = trackers(config.report_to)
     described = config.model_dump(mode="json") | {"plan": Plan.from_dict(config.plan, where="plan").to_dict()}
     check_folder(output, described)
     p = prepare(config, rows)
@@ -180,41 +185,50 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
         load_best_model_at_end=config.choose_best,
         metric_for_best_model="macro_f1" if classify else "loss",
         greater_is_better=classify,
-        logging_steps=max(1, min(10, every)),
-        report_to=config.report_to or "none",
+        logging_steps=max(1, min(10, every, total // 40)),
+        report_to=report_to,
+        run_name=str(output),
         remove_unused_columns=False,
         label_names=["labels"],
-        disable_tqdm=quiet,
+        disable_tqdm=True,
+        include_num_input_tokens_seen="non_padding" if p.model.main_input_name == "input_ids" else "no",
         dataloader_pin_memory=torch.cuda.is_available(),
         log_level="error" if quiet else "passive",
     )
     collator = DataCollatorWithPadding(p.tokenizer) if classify else DataCollatorForLanguageModeling(p.tokenizer, mlm=False)
+    seen, bar = Seen(scores), Progress(quiet=quiet)
     trainer = AdapterTrainer(
         model=p.model, args=args, train_dataset=p.train, eval_dataset=p.evaluation, data_collator=collator,
-        compute_metrics=scores if classify else None, callbacks=callbacks or [],
+        compute_metrics=seen if classify else None, callbacks=[bar, *(callbacks or [])],
     )  # fmt: skip
     trainer.adapter_name = config.name
     trainer.add_callback(Advance())
     if config.gradient_checkpointing:
         p.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if quiet:
-        trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)
     write(output, described, p, None)
     last = last_checkpoint(output / CHECKPOINTS) if config.resume else None
     set_seed(config.seed)
     begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    seconds = time.perf_counter() - begin
-    found = trainer.evaluate()
+    with bar:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        seconds = time.perf_counter() - begin
+        found = trainer.evaluate()
     metrics = {k.removeprefix("eval_"): float(v) for k, v in found.items() if k in ("eval_loss", "eval_accuracy", "eval_macro_f1")}
     save(p.model, output / ADAPTER, name=config.name)
     table_ = summary(p.model)
+    observe(output, trainer, p, seen.last)
+    write_whole(output / CONFIG, as_yaml(described).encode())
     write(
         output,
         described,
         p,
-        {"metrics": metrics, "trainable": table_.trainable, "share": table_.share, "seconds": round(seconds, 2), "log": trainer.state.log_history},
-    )
+        {
+            "metrics": metrics, "trainable": table_.trainable, "share": table_.share, "seconds": round(seconds, 2), "parameters": table_.rows,
+            "hardware": hardware(), "log": trainer.state.log_history,
+        },
+    )  # fmt: skip
+    report(output)
     return Result(output, metrics, table_.trainable, table_.share, seconds, p.model, p.tokenizer, p.evaluation)
 
 
