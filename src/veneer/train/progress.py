@@ -82,7 +82,8 @@ class Progress(TrainerCallback):
             self.testing = None
         self.times.clear()  # the time of an evaluation is not that of a step
 
-    on_predict = on_evaluate
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.on_evaluate(args, state, control)
 
     # -- what is said -------------------------------------------------------------------------------------------------
     def facts(self) -> str:
