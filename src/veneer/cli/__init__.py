@@ -7,13 +7,13 @@ import sys
 import typer
 
 from ..errors import VeneerError
-from . import chat, convert, demo, doctor, export, inspect, merge, methods, predict, schema, train
+from . import chat, convert, demo, doctor, eval, export, inspect, merge, methods, predict, schema, train
 
 GROUPS = {
     "Set up": (doctor, schema),
     "Look": (inspect, methods, demo),
     "Train": (train,),
-    "Use": (predict, chat, merge, export, convert),
+    "Use": (predict, chat, eval, merge, export, convert),
 }
 
 app = typer.Typer(

@@ -1,0 +1,50 @@
+"""`veneer eval`: how good a run is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+NAME = "eval"
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="A run's folder, or an adapter's: native, or Hugging Face PEFT's.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, as arc_easy,hellaswag; else the run's own metrics.")] = "",
+    include: Annotated[str | None, typer.Option(help="A folder with the harness's YAML files of your own tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each task; default: all.", min=1)] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples in the prompt; default: what the task says.", min=0)] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Measure the base without the adapter too.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.", min=1)] = 8,
+    model: Annotated[str | None, typer.Option(help="The base, where it lies elsewhere now.")] = None,
+    out: Annotated[str | None, typer.Option(help="Write the scores to this JSON file too.")] = None,
+) -> None:
+    """Measure RUN: tasks of lm-evaluation-harness with the adapter attached, and the base beside it with --base."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..eval.harness import harness
+    from ..serve.opened import open_folder
+
+    opened = open_folder(run, model=model)
+    names = [t.strip() for t in tasks.split(",") if t.strip()]
+    arms = {"adapter": False} | ({"base": True} if base else {})
+    found = {arm: harness(opened, names, include=include, limit=limit, shots=shots, batch_size=batch_size, chat=chat, base=off) for arm, off in arms.items()}
+    table = Table()
+    for head in ("task", "metric", "rows", *arms):
+        table.add_column(head, justify="left" if head in ("task", "metric") else "right")
+    for scores in zip(*found.values(), strict=True):
+        first = scores[0]
+        table.add_row(first.task, first.metric, str(first.rows), *(f"{s.value:.4f}" + (f" ± {s.error:.4f}" if s.error else "") for s in scores))
+    Console().print(table)
+    if out is not None:
+        import json
+        from dataclasses import asdict
+        from pathlib import Path
+
+        from ..files import write_whole
+
+        data = {"run": run, "scores": {arm: [asdict(s) for s in scores] for arm, scores in found.items()}}
+        write_whole(Path(out), (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())

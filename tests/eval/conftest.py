@@ -1,0 +1,5 @@
+"""The small finished runs, for this folder."""
+
+from using import bases, runs
+
+__all__ = ["bases", "runs"]
