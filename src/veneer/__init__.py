@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 _WHERE = {
     "errors": ("VeneerError", "PlanError", "SiteError", "AdapterError", "CapabilityError", "MergeError", "StoreError", "ConfigError", "DataError"),
     "plan": ("Plan", "gated"),
+    "compose.held": ("use", "frozen"),
+    "compose.mixture": ("mixture",),
+    "compose.fusion": ("fuse",),
     "presets": ("preset",),
     "methods": ("methods", *METHODS),
     "sites": ("Site",),

@@ -55,7 +55,10 @@ class Adapter:
         """Names as in the saved file, each tensor once; without what is saved but never trained."""
         from .store import tensors_of
 
-        yield from ((k, t) for k, t in tensors_of(self.model, self._record(), fold=False).items() if isinstance(t, nn.Parameter))
+        held = {id(p) for part in self._record().parts if part.held for k, p in part.named_parameters() if not k.startswith("gate.")}
+        for key, t in tensors_of(self.model, self._record(), fold=False).items():
+            if isinstance(t, nn.Parameter) and id(t) not in held:
+                yield key, t
 
     def parameters(self) -> Iterator[Tensor]:
         for _, p in self.named_parameters():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .build import make_parts
+from .compose.held import copy_numbers, written_out
 from .errors import AdapterError
 from .host import State
 from .install import KEY, install, uninstall
@@ -63,13 +64,19 @@ def attach(
     Raises: PlanError, SiteError (a pattern or port that the model does not have), AdapterError (the name is taken).
     After an error the model is exactly as it was.
     """
-    from .adapter import Record
+    from .adapter import Record, known
 
     plan = Plan.from_dict(plan)
     check_name(name)
     check_free(model, name)
     probe = None if batches is None else Probe(model, batches, loss)
-    return join(model, Record(name, plan, make_parts(model, plan, dtype, tokenizer, probe=probe)), activate)
+    sources: list[Any] = []
+    if plan.unresolved():
+        state = state_of(model)
+        plan, sources = written_out(plan, lambda n: state.adapters[known(state, n)])
+    parts = make_parts(model, plan, dtype, tokenizer, probe=probe)
+    copy_numbers(parts, sources)
+    return join(model, Record(name, plan, parts), activate)
 
 
 def check_free(model: nn.Module, name: str) -> None:

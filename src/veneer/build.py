@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from . import resolve
-from .compose.gate import Gate
 from .errors import PlanError, VeneerError
 from .methods.base import Build
 from .methods.parts import Part, like, module_at
 from .patterns import select
-from .plan import Plan, Term
+from .plan import Plan
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -26,8 +25,10 @@ def make_parts(
     """The parts of `plan` for `model`, not yet installed; `blank` ones have shapes and no numbers. Changes nothing."""
     found = resolve.sites(model)
     parts: list[Part] = []
+    shared: dict[Any, Any] = {}
+    gated: dict[int, tuple[Any, list[Part]]] = {}
     for i, term in enumerate(plan.terms()):
-        build = Build(model, gated=term.gate is not None, dtype=dtype, tokenizer=tokenizer, blank=blank, probe=probe)
+        build = Build(model, gated=term.unscaled, dtype=dtype, tokenizer=tokenizer, blank=blank, probe=probe)
 
         def sites(at: str | None, port: str, default: str, kinds: tuple[str, ...] = term.method.kinds) -> list[Site]:
             why = "" if any(s.port == port for s in found) else resolve.why_not(model, port)
@@ -39,44 +40,38 @@ def make_parts(
                 part.stage, part.method_name = term.stage, term.method.name
                 part.term = i
                 if term.gate is not None and part.acts:
-                    part.gate = _gate(term, site, part, build)
+                    part.gate = term.gate.make(site, part, entry_width(site, part, model), like(build, site), term.member, shared)
                     part.published = term.gate.gate == "published" and part.acts == "kv"
+                    gated.setdefault(id(term.gate), (term.gate, []))[1].append(part)
+                if term.held:
+                    part.hold()
                 parts.append(part)
         except VeneerError:
             raise
         except (RuntimeError, OverflowError, MemoryError) as e:  # sizes beyond any memory
             raise PlanError(f"{term.method.name} could not be built: {str(e).partition(chr(10))[0]}") from e
+    for gate, own in gated.values():
+        gate.check(own)
     if not parts:
         raise PlanError("the plan attaches to nothing in this model")
     return parts
 
 
-def _gate(term: Term, site: Site, part: Part, build: Build) -> Gate:
-    g = term.gate
-    assert g is not None
-    per = "example" if part.acts == "embed" and g.per == "token" else g.per
-    if part.acts == "kv" and per == "token" and g.gate == "published":
-        raise PlanError("gate='published' scales a prefix's keys for a whole example", fix="Use per='example' or gate='deviation'")
+def entry_width(site: Site, part: Part, model: nn.Module) -> int:
+    """How many channels the input has that a gate at `site` reads."""
     if site.port in ("weight", "param") and site.kind != "embedding":
-        module = module_at(build.model, site.enter or site.path)
+        module = module_at(model, site.enter or site.path)
         width = site.inp if site.kind in ("linear", "transposed") else _width(module, site)
         if site.kind == "experts":
             width = site.out if site.role == "ffn.down" else site.inp
         if site.port == "weight" and site.kind == "conv":
             width = getattr(module, "in_channels", width)
-        if site.enter and site.width:
-            width = site.width
-    elif site.kind == "embedding":
-        width = site.out
-    elif site.port == "kv":
-        enter = module_at(build.model, site.enter)
-        width = _width(enter, site)
-    else:
-        width = site.width
-    return Gate(
-        width, per=per, bias=g.bias, temperature=g.temperature, causal=site.causal and part.acts != "embed",
-        new=like(build, site),
-    )  # fmt: skip
+        return site.width if site.enter and site.width else width
+    if site.kind == "embedding":
+        return site.out
+    if site.port == "kv":
+        return _width(module_at(model, site.enter), site)
+    return site.width
 
 
 def _width(module: nn.Module, site: Site) -> int:

@@ -103,9 +103,14 @@ def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> 
         values = torch.cat([v.float().reshape(-1).cpu() for v in seen[id(p)]]) if seen[id(p)] else torch.empty(0)
         rows.append(
             {
-                "method": p.method_name, "layer": p.site.layer, "module": p.site.role, "tower": p.site.tower, "path": p.site.path,
+                "method": label(p), "layer": p.site.layer, "module": p.site.role, "tower": p.site.tower, "path": p.site.path,
                 "mean": float(values.mean()) if len(values) else float("nan"),
                 "std": float(values.std(unbiased=False)) if len(values) else float("nan"), "n": len(values),
             }
         )  # fmt: skip
     return GateReport(rows, names[0])
+
+
+def label(part: Any) -> str:
+    """The part's method, and which member of a mixture or fusion it is."""
+    return part.method_name if part.gate.member is None else f"{part.method_name}#{part.gate.member + 1}"

@@ -194,7 +194,7 @@ class Host:
         return total
 
     def _outward(self, parts: list[Part], x: Tensor, y: Tensor, frame: Frame) -> Tensor:
-        total = y
+        total, joint = y, {}
         for part in parts:
             if part.cell is not None:
                 xin = part.cell.x
@@ -203,7 +203,17 @@ class Host:
                 part.cell.x = None
             else:
                 xin = x
+            if part.gate is not None and part.gate.joint is not None:
+                joint.setdefault((part.adapter, part.gate.joint), []).append((part, xin))
+                continue
             total = self._add(total, part, part.deviation, xin, y, frame, part.site.slice if part.site.port == "weight" else None)
+        for (_, attend), members in joint.items():
+            first, xin = members[0]
+
+            def rule(x: Tensor, h: Tensor, attend: Any = attend, members: Any = members) -> Tensor:
+                return attend(h, [p.deviation(x, h) for p, _ in members], [p.gate for p, _ in members], frame.mask)
+
+            total = self._add(total, first, rule, xin, y, frame, first.site.slice if first.site.port == "weight" else None)
         return total
 
     def _add(self, total: Tensor, part: Part, rule: Callable[..., Tensor], x: Tensor, y: Tensor, frame: Frame, s: Any) -> Tensor:
@@ -228,7 +238,7 @@ class Host:
                     mask = mask if own is None else mask.index_select(0, own)
         out_dim = part.map.out_dim if part.site.port == "weight" else -1
         d = rule(x, take(y, s, out_dim))
-        if part.gate is not None:
+        if part.gate is not None and part.gate.joint is None:
             width_last = not (part.site.port == "weight" and part.map.out_dim == 1)
             d = d * self._gate(part, y if part.reads_state else x, d, frame, mask, folds(total.shape[dim], frame), width_last)
         d = place(d, s, out_dim).to(total.dtype)

@@ -6,12 +6,14 @@ import functools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import PlanError, did_you_mean
 
 if TYPE_CHECKING:
     from .methods.base import Method
+    from .methods.parts import Part
+    from .sites import Site
 
 
 class Plan:
@@ -35,13 +37,29 @@ class Plan:
         """The methods in it, in order."""
         raise NotImplementedError
 
-    def terms(self, stage: int = 0, gate: Gated | None = None) -> Iterator[Term]:
+    def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
         """The methods with the stage and the gate that each has; stages count from 0 and grow along `>>`."""
         yield Term(self, stage, gate)  # type: ignore[arg-type]
 
     def depth(self) -> int:
         """How many stages it has."""
         return 1
+
+    def inside(self) -> tuple[Plan, ...]:
+        """The plans that it is made of; none for a method."""
+        return ()
+
+    def rebuild(self, members: list[Plan]) -> Plan:
+        """The same kind of plan over `members` in place of those inside."""
+        return self
+
+    def dissolve(self, members: list[Plan]) -> Plan:
+        """What is left of it over `members` once gates are constants: gates are gone."""
+        return self.rebuild(members)
+
+    def unresolved(self) -> bool:
+        """Whether there is a `vn.use` in it, which only a model can write out."""
+        return any(p.unresolved() for p in self.inside())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (dicts, lists, numbers, strings), fit for JSON and YAML; `from_dict` reads it back."""
@@ -61,11 +79,47 @@ class Plan:
 
 @dataclass(frozen=True)
 class Term:
-    """One method of a plan, the stage at which it acts, and the gate that scales it (None: no gate)."""
+    """One method of a plan, the stage at which it acts, and what gates it (None: nothing).
+
+    member  which member of a mixture or a fusion it belongs to;  held: it is saved with the adapter and not trained
+    """
 
     method: Method
     stage: int
-    gate: Gated | None
+    gate: Gate | None
+    member: int = 0
+    held: bool = False
+
+    @property
+    def unscaled(self) -> bool:
+        """Whether the gate takes the place of the method's own scale."""
+        return self.gate is not None and self.gate.takes_scale and not self.held
+
+
+class Gate(Plan):
+    """A plan that gives each of its methods' parts a gate (vn.gated, vn.mixture, vn.fuse).
+
+    per       'constant' where the gates do not vary with the input, and so can be merged
+    gate      'published' or 'deviation', for a prefix
+    settles   whether vn.settle may replace its gates by their means
+    takes_scale  whether the gate takes the place of a method's own scale, as UniPELT's does of LoRA's alpha / r
+    """
+
+    per: str = "token"
+    gate: str = "deviation"
+    settles: ClassVar[bool] = True
+    takes_scale: ClassVar[bool] = False
+
+    def dissolve(self, members: list[Plan]) -> Plan:
+        return functools.reduce(operator.add, members)
+
+    def make(self, site: Site, part: Part, width: int, new: dict[str, Any], member: int, shared: dict[Any, Any]) -> Any:
+        """The gate (compose.gate.Gate) of `part` at `site`, whose input has `width` channels. `shared` lives as long as
+        the parts of one adapter are being made."""
+        raise NotImplementedError
+
+    def check(self, parts: list[Part]) -> None:
+        """Raise PlanError unless the parts that it gates are as it needs them. Default: they are."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +132,18 @@ class Sum(Plan):
         for m in self.members:
             yield from m.leaves()
 
-    def terms(self, stage: int = 0, gate: Gated | None = None) -> Iterator[Term]:
+    def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
         for m in self.members:
             yield from m.terms(stage, gate)
 
     def depth(self) -> int:
         return max(m.depth() for m in self.members)
+
+    def inside(self) -> tuple[Plan, ...]:
+        return self.members
+
+    def rebuild(self, members: list[Plan]) -> Plan:
+        return functools.reduce(operator.add, members)
 
     def to_dict(self) -> dict[str, Any]:
         return {"sum": [m.to_dict() for m in self.members]}
@@ -104,13 +164,19 @@ class Stack(Plan):
         for m in self.members:
             yield from m.leaves()
 
-    def terms(self, stage: int = 0, gate: Gated | None = None) -> Iterator[Term]:
+    def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
         for m in self.members:
             yield from m.terms(stage, gate)
             stage += m.depth()
 
     def depth(self) -> int:
         return sum(m.depth() for m in self.members)
+
+    def inside(self) -> tuple[Plan, ...]:
+        return self.members
+
+    def rebuild(self, members: list[Plan]) -> Plan:
+        return functools.reduce(operator.rshift, members)
 
     def to_dict(self) -> dict[str, Any]:
         return {"stack": [m.to_dict() for m in self.members]}
@@ -121,15 +187,16 @@ class Stack(Plan):
     __repr__ = __str__
 
 
-HEADS = ("method", "sum", "stack", "gated")
 OPTIONS = ("per", "gate", "bias", "temperature")
 PER = ("example", "token", "constant")
 GATES = ("deviation", "published")
 
 
 @dataclass(frozen=True)
-class Gated(Plan):
+class Gated(Gate):
     """A plan whose every deviation is scaled by a learnt gate; made by `vn.gated`."""
+
+    takes_scale = True
 
     plan: Plan
     per: str = "example"
@@ -140,11 +207,26 @@ class Gated(Plan):
     def leaves(self) -> Iterator[Method]:
         yield from self.plan.leaves()
 
-    def terms(self, stage: int = 0, gate: Gated | None = None) -> Iterator[Term]:
+    def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
         yield from self.plan.terms(stage, self)
 
     def depth(self) -> int:
         return self.plan.depth()
+
+    def inside(self) -> tuple[Plan, ...]:
+        return (self.plan,)
+
+    def rebuild(self, members: list[Plan]) -> Plan:
+        return gated(members[0], **{k: getattr(self, k) for k in OPTIONS})
+
+    def make(self, site: Site, part: Part, width: int, new: dict[str, Any], member: int, shared: dict[Any, Any]) -> Any:
+        from .compose.gate import Gate as Scale
+
+        per = "example" if part.acts == "embed" and self.per == "token" else self.per
+        if part.acts == "kv" and per == "token" and self.gate == "published":
+            raise PlanError("gate='published' scales a prefix's keys for a whole example", fix="Use per='example' or gate='deviation'")
+        causal = site.causal and part.acts != "embed"
+        return Scale(width, per=per, bias=self.bias, temperature=self.temperature, causal=causal, new=new)
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"gated": self.plan.to_dict()}
@@ -189,15 +271,38 @@ def gated(plan: Plan, *, per: str = "example", gate: str = "deviation", bias: fl
             raise PlanError(f"gated: {key} must be a finite number, not {short(value)}")
     if temperature <= 0:
         raise PlanError(f"gated: temperature must be positive, not {temperature!r}")
+    if not plan.unresolved():
+        ungated(plan, "gated")
+    return Gated(plan, per, gate, float(bias), float(temperature))
+
+
+def ungated(plan: Plan, who: str) -> None:
+    """Raise PlanError unless every method in `plan` can have a gate, and has none yet."""
     for term in plan.terms():
         if term.gate is not None:
-            raise PlanError("gated: a gate within a gate", fix="Gate the whole plan once: vn.gated(a + b)")
+            raise PlanError(f"{who}: a gate within a gate", fix="Gate the whole plan once: vn.gated(a + b)")
         if not term.method.gateable:
             raise PlanError(
-                f"gated: {term.method.name} replaces tensors and has no deviation to scale",
-                fix=f"Put it beside the gates: vn.gated(...) + vn.{type(term.method).__name__}(...)",
+                f"{who}: {term.method.name} replaces tensors and has no deviation to scale",
+                fix=f"Put it beside the gates: vn.{who}(...) + vn.{type(term.method).__name__}(...)",
             )
-    return Gated(plan, per, gate, float(bias), float(temperature))
+
+
+@dataclass(frozen=True)
+class Composer:
+    """How a plan that wraps others is written as data: {head: plan or list of plans, option: …}."""
+
+    make: Callable[..., Plan]
+    options: tuple[str, ...] = ()
+    many: bool = False  # takes a list of plans
+
+
+def _composers() -> dict[str, Composer]:
+    from .compose import COMPOSERS
+
+    return {"sum": Composer(lambda *p: functools.reduce(operator.add, p), many=True),
+            "stack": Composer(lambda *p: functools.reduce(operator.rshift, p), many=True),
+            "gated": Composer(gated, OPTIONS), **COMPOSERS}  # fmt: skip
 
 
 LARGEST = 1e30  # of a hyper-parameter: well within every dtype's range, far over any use
@@ -241,27 +346,30 @@ def _parse(data: Any, where: str, depth: int = 0) -> Plan:
         data = {"sum": data}
     if not isinstance(data, dict):
         raise PlanError(f"a plan is a mapping, a list or a preset's name, not {short(data)}", where=where)
-    heads = [k for k in HEADS if k in data]
+    composers = _composers()
+    known = ("method", *composers)
+    heads = [k for k in known if k in data]
     if len(heads) != 1:
         keys = short(list(data))[1:-1] or "nothing"
-        unknown = next((k for k in data if k not in HEADS), "")
-        fix = did_you_mean(str(unknown), HEADS) if not heads else "A plan within a plan is a mapping of its own"
-        raise PlanError(f"a plan has exactly one of 'method', 'sum', 'stack', 'gated', not {keys}", where=where, fix=fix)
+        unknown = next((k for k in data if k not in known), "")
+        fix = did_you_mean(str(unknown), known) if not heads else "A plan within a plan is a mapping of its own"
+        raise PlanError(f"a plan has exactly one of {', '.join(map(repr, known))}, not {keys}", where=where, fix=fix)
     head, rest = heads[0], {k: v for k, v in data.items() if k != heads[0]}
     if head == "method":
         return find(data["method"], where).from_fields(rest, where)
-    known = OPTIONS if head == "gated" else ()
+    c = composers[head]
     for key in rest:
-        if key not in known:
-            fix = did_you_mean(str(key), known) if known else f"{head!r} stands alone"
+        if key not in c.options:
+            fix = did_you_mean(str(key), c.options) if c.options else f"{head!r} stands alone"
             raise PlanError(f"{head!r} has no option {short(key)}", where=where, fix=fix)
-    if head == "gated":
-        return _at(where, lambda: gated(_parse(data["gated"], f"{where}.gated", depth + 1), **rest))
-    members = data[head]
-    if not isinstance(members, list) or not members:
-        raise PlanError(f"{head!r} takes a list of plans, not {short(members)}", where=where)
-    plans = [_parse(m, f"{where}.{head}[{i}]", depth + 1) for i, m in enumerate(members)]
-    return functools.reduce(operator.add if head == "sum" else operator.rshift, plans)
+    given = data[head]
+    if not c.many:
+        inside = _parse(given, f"{where}.{head}", depth + 1)
+        return _at(where, lambda: c.make(inside, **rest))
+    if not isinstance(given, list) or not given:
+        raise PlanError(f"{head!r} takes a list of plans, not {short(given)}", where=where)
+    plans = [_parse(m, f"{where}.{head}[{i}]", depth + 1) for i, m in enumerate(given)]
+    return _at(where, lambda: c.make(*plans, **rest))
 
 
 def _head(where: str) -> str:

@@ -425,7 +425,7 @@ class Resolved:
             layers = [la for la in self.layers if la.tower == name]
             cores = any(la.root.holds(c.owner) for c in (*self.attn, *self.mixers) for la in layers)
             tokens = self.tokens.get(name) or (self.shared if not self._modal(scope) else None)
-            above = [n for n in layers[0].root.up() if n not in self.layer_of]
+            above = [n for n in layers[0].root.up() if n not in self.layer_of] if layers else []
             causal = self.causal_towers[name]
             keep = 0
             node = next((n for n in above if {"inputs_embeds", "input_ids"} <= set(_arguments(n.cls))), None)

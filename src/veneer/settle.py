@@ -18,7 +18,7 @@ from .compose.gate import Gate
 from .errors import CapabilityError, PlanError
 from .gates import gates
 from .install import install, uninstall
-from .plan import Gated, Plan, Stack, Sum, finite, short
+from .plan import Gated, Plan, finite, short
 from .sites import Site
 
 
@@ -85,6 +85,11 @@ def settle(
     name = report.adapter
     record: Record = state.adapters[name]
     gated = [p for p in record.parts if p.gate is not None]
+    for term in record.plan.terms():
+        if term.gate is not None and not term.gate.settles:
+            raise CapabilityError(
+                f"{term.method.name} is weighed by attention (vn.fuse), which no constant can stand for", fix="Use vn.gated or vn.mixture to settle"
+            )
     means = {id(p): row for p, row in zip(gated, report.rows, strict=True)}
     for row in report.rows:
         if not math.isfinite(row["mean"]):
@@ -232,18 +237,16 @@ def _static(model: nn.Module, plan: Plan, parts: list[Any]) -> Plan:
     terms = iter(enumerate(plan.terms()))
 
     def walk(p: Plan) -> Plan | None:
-        if isinstance(p, (Sum, Stack)):
-            members = tuple(q for m in p.members if (q := walk(m)) is not None)
-            return None if not members else members[0] if len(members) == 1 else type(p)(members)
-        if isinstance(p, Gated):
-            return walk(p.plan)
+        if p.inside():
+            members = [q for m in p.inside() if (q := walk(m)) is not None]
+            return p.dissolve(members) if members else None
         i, term = next(terms)
         mine = [q for q in parts if q.term == i]
         if not mine:
             return None
         method = term.method
         if term.gate is not None:
-            method = method.ungated()
+            method = method.ungated() if term.unscaled else method
             sites = [q.site for q in mine]
             at = narrow(model, sites)
             if len(mine) != term_count[i]:

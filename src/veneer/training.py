@@ -57,7 +57,8 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, names: 
 def penalty(model: nn.Module, names: Iterable[str] | None = None) -> Tensor:
     """The sum of what the active adapters (or those named) add to the training loss (AdaLoRA's orthogonality, a mixture's
     balance); a zero where they add nothing. Call it after the model and before the backward pass."""
-    terms = [t for part in parts_in_use(model, names) if (t := part.penalty()) is not None]
+    own = [source for part in parts_in_use(model, names) for source in (part, part.gate) if source is not None]
+    terms = [t for source in own if (t := source.penalty()) is not None]
     if not terms:
         return torch.zeros((), device=next(model.parameters()).device)
     return torch.stack([t.to(terms[0].device) for t in terms]).sum()

@@ -20,6 +20,9 @@ class Gate(nn.Module):
     every g as (B,) means, for vn.gates.
     """
 
+    member: int | None = None  # of a mixture or a fusion
+    joint: Any = None  # what weighs the deviations of several parts together: see compose/fusion.py
+
     def __init__(self, width: int, *, per: str, bias: float, temperature: float, causal: bool, new: dict[str, Any]) -> None:
         super().__init__()
         self.per, self.temperature, self.causal, self.width = per, temperature, causal, width
@@ -39,10 +42,9 @@ class Gate(nn.Module):
         assert x is not None
         x = tokens_last(x, self.width)
         dtype = x.dtype
-        score = nn.functional.linear(x, self.weight.to(dtype)[None], self.bias.to(dtype)).squeeze(-1)
-        s = torch.sigmoid(score.float() / self.temperature)  # (B, T)
-        if mask is not None and (mask.shape[0] != s.shape[0] or mask.shape[1] != s.shape[1]):
+        if mask is not None and (mask.shape[0] != x.shape[0] or mask.shape[1] != x.shape[1]):
             mask = None
+        s = self.tokens(x, mask)
         if self.per == "token":
             g = s
         elif self.causal and s.shape[1] >= 1:
@@ -53,8 +55,17 @@ class Gate(nn.Module):
             m = mask.to(s.dtype)
             g = (s * m).sum(1) / m.sum(1).clamp(min=1)
         if self.watch is not None:
-            self.watch(self._means(g.detach(), mask))
+            self.watch(self.means(g.detach(), mask))
         return g.to(dtype)
+
+    def tokens(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The gate of every token, (B, T) in fp32, for x (B, T, d)."""
+        score = nn.functional.linear(x, self.weight.to(x.dtype)[None], self.bias.to(x.dtype)).squeeze(-1)
+        return torch.sigmoid(score.float() / self.temperature)
+
+    def penalty(self) -> Tensor | None:
+        """A term of the training loss, where it has one."""
+        return None
 
     def _running(self, s: Tensor, frame: Any, mask: Tensor | None) -> Tensor:
         """The mean of the tokens so far; sums so far are kept with the key/value cache, so decoding continues them."""
@@ -68,12 +79,13 @@ class Gate(nn.Module):
             memo[self] = torch.stack((total[:, -1], count[:, -1])).detach()
         return total / count.clamp(min=1)
 
-    def _means(self, g: Tensor, mask: Tensor | None) -> Tensor:
+    def means(self, g: Tensor, mask: Tensor | None) -> Tensor:
+        """g as (B,), the mean over real tokens of (B, T)."""
         if g.dim() < 2:
             return g
         if self.per == "example":
             return g[:, -1]
-        if mask is None:
+        if mask is None or mask.shape != g.shape:
             return g.mean(1)
         m = mask.to(g.dtype)
         return (g * m).sum(1) / m.sum(1).clamp(min=1)

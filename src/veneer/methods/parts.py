@@ -57,6 +57,7 @@ class Part(nn.Module):
         self.term = 0  # which of the plan's methods
         self.adapter = ""
         self.published = False
+        self.held = False
         self.aliases: list[str] = []  # other modules of the same tied table, where it acts too
         self.visible = False  # a prompt that its tower's output keeps
         # plain references, not submodules: the cell that brings the block's input, and the host that owns the tensor
@@ -67,6 +68,13 @@ class Part(nn.Module):
     def frozen(self, name: str, value: Tensor | None) -> None:
         """Keep `value` as `self.<name>`: saved with the adapter, and never trained."""
         self.register_buffer(name, value)
+
+    def hold(self) -> None:
+        """Train no tensor of this part; its gate's go on."""
+        self.held = True
+        for key, p in self.named_parameters():
+            if not key.startswith("gate."):
+                p.requires_grad_(False)
 
     def penalty(self) -> Tensor | None:
         """A term of the training loss, where the method has one: see vn.penalty."""
