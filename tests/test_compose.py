@@ -116,7 +116,7 @@ def test_fusion_is_its_equation():
 def test_trained_adapters_are_taken_by_name_and_held(tmp_path):
     model, inputs = fresh("bert")
     for i, name in enumerate(("one", "two")):
-        shake(vn.attach(model, vn.Bottleneck(4), name=name), seed=i)
+        shake(vn.attach(model, vn.Bottleneck(4, activation="gelu"), name=name), seed=i)
     before = {n: look_at(model, n, inputs) for n in ("one", "two", None)}
     fused = vn.attach(model, vn.fuse(vn.use("one"), vn.use("two")), name="both")
     assert fused.plan == vn.fuse(vn.frozen(vn.Bottleneck(4, activation="gelu")), vn.frozen(vn.Bottleneck(4, activation="gelu")))
