@@ -12,6 +12,19 @@ REPRESENTATIVE = ("bert", "llama", "gpt2", "t5", "vit")
 
 CATALOGUE = {
     "last-layer": lambda: vn.Full(at="ffn.*@-1:"),
+    "loha": lambda: vn.LoHa(2, alpha=3, at="all"),
+    "lokr": lambda: vn.LoKr(2, alpha=3, at="all"),
+    "fourierft": lambda: vn.FourierFT(20, at="all"),
+    "c3a": lambda: vn.C3A(8, at="linear"),
+    "miss": lambda: vn.MiSS(5, at="linear"),
+    "road": lambda: vn.RoAd(group=8),
+    "oft": lambda: vn.OFT(4, at="linear"),
+    "boft": lambda: vn.BOFT(4, factors=2, at="linear"),
+    "hra": lambda: vn.HRA(4, at="all,!head"),
+    "gralora": lambda: vn.GraLoRA(4, at="linear"),
+    "delora": lambda: vn.DeLoRA(2, at="linear"),
+    "hira": lambda: vn.HiRA(2, at="linear"),
+    "beft": lambda: vn.BEFT(at="attn.{v,o}"),
 }
 
 # why a method refuses a kind of model: a part of the error's text

@@ -423,6 +423,8 @@ class Resolved:
         found = []
         for name, scope in self.scopes.items():
             layers = [la for la in self.layers if la.tower == name]
+            if not layers:
+                continue
             cores = any(la.root.holds(c.owner) for c in (*self.attn, *self.mixers) for la in layers)
             tokens = self.tokens.get(name) or (self.shared if not self._modal(scope) else None)
             above = [n for n in layers[0].root.up() if n not in self.layer_of] if layers else []

@@ -40,9 +40,11 @@ class Map:
     """The canonical view of one weight. `module` is read for strides and the like, never for its weight.
 
     out_dim   the dimension of y that holds the output features
+    plain     x holds features in its last dimension and y = W x is one product, so W may be applied by its factors
     """
 
     out_dim = -1
+    plain = True
 
     def __init__(self, site: Site, module: Any) -> None:
         self.slice = site.slice
@@ -89,6 +91,7 @@ class Conv(Map):
     """Conv1d/2d/3d: W is (out, in/groups * kernel); features lie in dimension 1."""
 
     out_dim = 1
+    plain = False
 
     def __init__(self, site: Site, module: Any) -> None:
         super().__init__(site, module)
@@ -130,6 +133,8 @@ class Conv(Map):
 class Embedding(Map):
     """x holds ids; W is (d, V), the transpose of what is stored."""
 
+    plain = False
+
     def __init__(self, site: Site, module: Any) -> None:
         super().__init__(site, module)
         # Embeddings that scale their output (Gemma) scale the deviation too; it may be a tensor buffer there
@@ -150,6 +155,8 @@ class Embedding(Map):
 
 class Experts(Map):
     """A 3-D parameter, E x out x in (or E x in x out where the site says `transposed`)."""
+
+    plain = False
 
     def __init__(self, site: Site, module: Any) -> None:
         super().__init__(site, module)
