@@ -23,7 +23,9 @@ test: .venv/ok
 	.venv/bin/python -m pytest -q -n auto
 
 docs: .venv/ok
-	.venv/bin/python -m pytest -q tests/test_readme.py
+	.venv/bin/python -m pytest -q tests/test_readme.py tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict -q
+	@echo "open site/index.html"
 
 demo: .venv/ok
 	.venv/bin/veneer demo

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
 
+import pytest
 from typer.testing import CliRunner
 
+import veneer as vn
 from veneer import doctor
 from veneer.cli import app
-from veneer.train.config import TrainConfig
+from veneer.train.config import TrainConfig, load_config
 
 
 def test_doctor_finds_this_machine_whole():
@@ -63,3 +66,43 @@ def test_shell_completion():
     code = "import sys; sys.argv = ['veneer']; from veneer.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert sorted(done.stdout.split()) == ["merge", "methods"], done.stderr
+
+
+def test_init_by_flags_and_by_questions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task", "causal-lm", "--model", "my/base", "--data", "rows.jsonl", "--plan", "{method: lora, r: 4, at: linear}", "--output", "runs/x"]
+    assert CliRunner().invoke(app, ["init", "a.yaml", *flags]).exit_code == 0
+    asked = CliRunner().invoke(app, ["init", "b.yaml", "--task", "causal-lm"], input="my/base\nrows.jsonl\n{method: lora, r: 4, at: linear}\nruns/x\n")
+    assert asked.exit_code == 0 and "Base model" in asked.output and "Task" not in asked.output
+    a, b = (tmp_path / "a.yaml").read_text(), (tmp_path / "b.yaml").read_text()
+    assert a == b
+    config = load_config("a.yaml")
+    assert config.plan == {"method": "lora", "r": 4, "at": "linear"} and config.data.train == "rows.jsonl" and config.task == "causal-lm"
+    assert config == TrainConfig(task="causal-lm", model="my/base", plan=config.plan, output="runs/x", data={"train": "rows.jsonl"})
+    # every key is there, and one that loses its # is still a configuration of the same meaning
+    for name in (*TrainConfig.model_fields, *TrainConfig.model_fields["data"].annotation.model_fields):
+        assert f"{name}: " in a or f"{name}:\n" in a, name
+    (tmp_path / "c.yaml").write_text(re.sub(r"^( *)# (?=\w+: )", r"\1", a, flags=re.M))
+    assert load_config("c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--task", "text-classifcation"], "task"),
+        (["--plan", "lara"], "Did you mean 'lora'"),
+        (["--plan", "{method: lora"], "neither a preset nor YAML"),
+    ],
+)
+def test_init_checks_what_it_is_told(tmp_path, flags, says):
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "a.yaml"), "--yes", *flags])
+    assert isinstance(done.exception, vn.VeneerError) and says in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_init_overwrites_nothing(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("mine")
+    done = CliRunner().invoke(app, ["init", str(path), "--yes"])
+    assert isinstance(done.exception, vn.ConfigError) and "file already" in str(done.exception) and path.read_text() == "mine"
+    assert CliRunner().invoke(app, ["init", str(path), "--yes", "--force"]).exit_code == 0 and load_config(path).model == "minilm"

@@ -7,10 +7,10 @@ import sys
 import typer
 
 from ..errors import VeneerError
-from . import chat, convert, demo, doctor, eval, export, inspect, merge, methods, predict, schema, train
+from . import chat, convert, demo, doctor, eval, export, init, inspect, merge, methods, predict, schema, train
 
 GROUPS = {
-    "Set up": (doctor, schema),
+    "Set up": (init, doctor, schema),
     "Look": (inspect, methods, demo),
     "Train": (train,),
     "Use": (predict, chat, eval, merge, export, convert),
