@@ -29,6 +29,7 @@ _WHERE = {
     "gates": ("gates",),
     "settle": ("settle",),
     "training": ("param_groups", "penalty", "advance"),
+    "select.run": ("select",),
     "optimize": ("optimize", "unoptimize", "adamw"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _WHERE.items() for name in names}

@@ -1,0 +1,68 @@
+"""Where jobs run: one after another in this process, or through Ray Tune on as many machines as Ray has."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from ..errors import ConfigError, did_you_mean
+
+Outcome = dict[str, Any]
+
+
+class Executor(Protocol):
+    """Runs jobs with a worker and yields (index, outcome) as they end, in whatever order; an outcome is plain data and
+    the same wherever the job ran."""
+
+    def __call__(self, worker: Callable[[Any], Outcome], jobs: Sequence[Any]) -> Iterator[tuple[int, Outcome]]: ...
+
+
+def local(worker: Callable[[Any], Outcome], jobs: Sequence[Any]) -> Iterator[tuple[int, Outcome]]:
+    """One after another, here."""
+    for i, job in enumerate(jobs):
+        yield i, worker(job)
+
+
+def ray(worker: Callable[[Any], Outcome], jobs: Sequence[Any]) -> Iterator[tuple[int, Outcome]]:
+    """Each job is a trial of Ray Tune, on the cluster that RAY_ADDRESS names or on one of this machine's own.
+
+    The worker (model and data) goes to the object store once for each call. Where Ray has GPUs each job gets one. Raises: ConfigError where
+    ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("ray is not installed", where="executor", fix='pip install "veneer[ray]"')
+    import ray as cluster
+    from ray import tune
+
+    if not cluster.is_initialized():
+        cluster.init(log_to_driver=False, include_dashboard=False)
+    gpu = 1 if cluster.cluster_resources().get("GPU", 0) else 0
+
+    def trial(config: dict[str, Any], worker: Any, jobs: Any) -> dict[str, Any]:
+        return {"outcome": worker(jobs[config["index"]])}
+
+    bound = tune.with_parameters(trial, worker=worker, jobs=list(jobs))
+    tuner = tune.Tuner(
+        tune.with_resources(bound, {"cpu": 1, "gpu": gpu}),
+        param_space={"index": tune.grid_search(list(range(len(jobs))))},
+        run_config=tune.RunConfig(verbose=0),
+    )
+    for result in tuner.fit():
+        index = result.config["index"]  # type: ignore[index]
+        if result.error is not None:
+            yield index, {"status": "failed", "why": f"{type(result.error).__name__}: {str(result.error).strip().splitlines()[-1]}", "seconds": 0.0}
+        else:
+            yield index, result.metrics["outcome"]  # type: ignore[index]
+
+
+EXECUTORS: dict[str, Executor] = {"local": local, "ray": ray}
+
+
+def find(name: Any) -> Executor:
+    """The executor of that name, or `name` itself where it is one. Raises: ConfigError."""
+    if callable(name):
+        return name
+    if name not in EXECUTORS:
+        raise ConfigError(f"there is no executor {name!r}", where="executor", fix=did_you_mean(str(name), EXECUTORS))
+    return EXECUTORS[name]

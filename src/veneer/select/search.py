@@ -1,0 +1,366 @@
+"""The search: generations of candidates from Optuna, each trained a little, then the better ones further."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, did_you_mean
+from . import measure
+from .budget import Budget
+from .choose import ranked
+from .executor import Executor
+from .fit import Job, Worker
+from .journal import EXTENDABLE, Record, record, seed_of
+from .report import Trial
+from .space import Candidate, Space
+
+ETA = 3  # of those trained so far, one in ETA goes on (Li et al., JMLR 2018)
+LEAST_STEPS = 20  # fewer say nothing
+TRIES = 500  # candidates that may be over the budget or known, before a search gives up finding another
+MOST_LISTED = 4000  # a space of at most that many is walked through when chance finds nothing new
+UNBOUNDED = 100_000
+SAMPLERS = ("tpe", "random", "grid")
+
+
+def rungs_of(steps: int) -> list[float]:
+    """Shares of the steps after which candidates are compared: 1/9, 1/3, 1, as far as there are steps for them."""
+    return [s for s in (1 / ETA**2, 1 / ETA) if steps * s >= LEAST_STEPS] + [1.0]
+
+
+def rung_name(share: float) -> str:
+    return "full" if share == 1 else f"1/{round(1 / share)}"
+
+
+@dataclass
+class Progress:
+    """What is told while a search runs: the event ('start', 'rung', 'end' of a candidate), and the state so far."""
+
+    event: str
+    trial: Trial
+    rung: str
+    trials: list[Trial]
+    elapsed: float
+    done: float
+    most: int
+
+
+@dataclass
+class Search:
+    """Finds good plans of `space` within `budget`.
+
+    sampler     'tpe': multi-objective TPE (Ozaki et al. 2022) over score and the logarithm of the parameters, with the
+                space's own starts first; 'random'; 'grid': every candidate in turn
+    rungs       shares of the steps; the last is 1. [1.0] trains every candidate in full
+    generation  candidates that are compared with each other on each rung
+    """
+
+    space: Space
+    budget: Budget
+    worker: Worker
+    executor: Executor
+    settings: dict[str, Any]
+    sampler: str = "tpe"
+    rungs: list[float] = field(default_factory=lambda: [1.0])
+    generation: int = ETA**2
+    seed: int = 0
+    folder: Path | None = None
+    starts: bool = True
+    tell: Callable[[Progress], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(f"there is no sampler {self.sampler!r}", where="sampler", fix=did_you_mean(str(self.sampler), SAMPLERS))
+        self.base = measure.total(self.worker.model)
+        self.counts: dict[str, int] = {}
+        self.memories: dict[str, int] = {}
+        self.begin = time.time()
+        self.record: Record
+        self.spent = 0.0
+
+    # -- limits that are known before training ---------------------------------------------------------------------------
+    def count(self, candidate: Candidate) -> int:
+        key = str(candidate.plan)
+        if key not in self.counts:
+            self.counts[key] = measure.count(self.worker.model, candidate.plan)
+        return self.counts[key]
+
+    def over(self, candidate: Candidate) -> tuple[float, str]:
+        """(by how much, what) the candidate is over the budget, as a logarithm; (0, '') where it fits."""
+        b = self.budget
+        if b.parameters is not None and (n := self.count(candidate)) > b.parameters:
+            return math.log(n / b.parameters), f"{n:,} parameters, and the budget is {b.parameters:,}"
+        if b.merged_only and not measure.merges(candidate.plan):
+            return 1.0, "it does not merge, and the budget is +0% latency"
+        if b.memory is not None:
+            key = str(candidate.plan)
+            if key not in self.memories:
+                self.memories[key] = self.worker.memory(candidate.plan)
+            if self.memories[key] > b.memory:
+                return math.log(self.memories[key] / b.memory), f"{self.memories[key] / 1e9:.3f} GB of memory, and the budget is {b.memory / 1e9:.3f}"
+        if b.latency is not None and not b.merged_only and not measure.merges(candidate.plan):
+            found = measure.latency(self.worker.model, candidate.plan, self.worker.data.batch("evaluation", self.worker.batch_size))[0]
+            if found > b.latency:
+                return math.log(found / b.latency), f"{100 * (found - 1):.1f}% more latency, and the budget is {100 * (b.latency - 1):.1f}%"
+        return 0.0, ""
+
+    def check(self) -> None:
+        """Raise ConfigError where it is plain that nothing fits, saying what the cheapest candidate needs."""
+        if self.budget.parameters is None:
+            return
+        cheapest, needs = self.space.cheapest(lambda p: measure.count(self.worker.model, p))
+        if needs > self.budget.parameters:
+            wrote = self.budget.words.get("params", self.budget.parameters)
+            raise ConfigError(
+                f"no candidate fits params: {wrote} ({self.budget.parameters:,} of the base's {self.base:,})", where="budget",
+                fix=f"The cheapest, {cheapest.plan}, needs {needs:,} ({100 * needs / self.base:.3g}%)",
+            )  # fmt: skip
+
+    # -- the loop --------------------------------------------------------------------------------------------------------
+    def run(self) -> list[Trial]:
+        """Every candidate that was tried. Raises: ConfigError where none fits the budget."""
+        self.check()
+        self.record = record(self.folder, {k: v for k, v in self.settings.items() if k not in EXTENDABLE})
+        self.spent = float(self.record.study.user_attrs.get("seconds", 0.0))
+        self._clear()
+        generation = 0
+        while True:
+            self._clock()
+            room = (self.budget.trials or UNBOUNDED) - sum(1 for t in self._accepted() if t.user_attrs["generation"] < generation)
+            if room <= 0 or self._late():
+                break
+            batch = self._ask(generation, min(self.generation, room))
+            if not batch:
+                break
+            if not self._climb(batch):
+                break
+            generation += 1
+        self._clock()
+        return self.trials()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of wall clock, of earlier runs of this search too."""
+        return self.spent + time.time() - self.begin
+
+    @property
+    def deadline(self) -> float:
+        return math.inf if self.budget.minutes is None else time.time() + 60 * self.budget.minutes - self.elapsed
+
+    def _late(self) -> bool:
+        return time.time() >= self.deadline
+
+    def _clock(self) -> None:
+        if self.folder is not None:
+            self.record.study.set_user_attr("seconds", round(self.elapsed, 3))
+
+    def _all(self) -> list[Any]:
+        return self.record.all()
+
+    def _accepted(self) -> list[Any]:
+        return [t for t in self._all() if t.user_attrs.get("kind") == "accepted"]
+
+    def _clear(self) -> None:
+        """A killed search left a question half asked: it is asked again."""
+        from optuna.trial import TrialState
+
+        for t in self._all():
+            if t.state == TrialState.RUNNING and t.user_attrs.get("kind") != "accepted":
+                self.record.study.tell(t.number, state=TrialState.FAIL)
+
+    # -- asking ------------------------------------------------------------------------------------------------------------
+    def _ask(self, generation: int, most: int) -> list[Any]:
+        """The candidates of the generation: those on record, and new ones until there are `most`."""
+        batch = [t for t in self._accepted() if t.user_attrs["generation"] == generation]
+        tries = 0
+        while len(batch) < most and tries < TRIES:
+            tries += 1
+            number = self._one(generation, force=tries > TRIES // 10)
+            if number is None:
+                break
+            if number >= 0:
+                batch.append(self._all()[number])
+                tries = 0
+        if not self._accepted():
+            raise ConfigError(
+                f"none of {TRIES} candidates fits the budget ({', '.join(f'{k}: {v}' for k, v in self.budget.words.items())})", where="budget",
+                fix=self._nearest(),
+            )  # fmt: skip
+        return batch
+
+    def _nearest(self) -> str:
+        near = min((t for t in self._all() if t.user_attrs.get("kind") == "over budget"), key=lambda t: t.user_attrs["over"], default=None)
+        return "Allow more" if near is None else f"The nearest, {near.user_attrs['text']}, has {near.user_attrs['why']}"
+
+    def _one(self, generation: int, force: bool) -> int | None:
+        """Ask once. The number of the Optuna trial; -1 where the candidate is known, empty or over the budget; None where the space has no more.
+
+        Each question has a sampler of its own, whose seed is the question's number, so that a search that was killed
+        asks on as it would have.
+        """
+        from optuna.trial import TrialState
+
+        asked = sum(1 for t in self._all() if "kind" in t.user_attrs)
+        known = {t.user_attrs["key"] for t in self._all() if "key" in t.user_attrs}
+        fixed = self._fixed(asked, known, force)
+        if fixed is None:
+            return None
+        self.record.study.sampler = self._sampler(seed_of(self.seed, asked))
+        if fixed and not self.record.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self.record.study.enqueue_trial(fixed)
+        trial = self.record.study.ask()
+
+        def choose(name: str, options: Any, ordered: bool) -> int:
+            return trial.suggest_int(name, 0, len(options) - 1) if ordered else trial.suggest_categorical(name, list(range(len(options))))
+
+        candidate = self.space.draw(choose)
+        if candidate is None or candidate.key in known:
+            trial.set_user_attr("kind", "empty" if candidate is None else "known")
+            self.record.study.tell(trial, state=TrialState.FAIL)
+            return -1
+        over, why = self.over(candidate)
+        trial.set_user_attr("key", candidate.key)
+        if over > 0:
+            trial.set_constraint("budget", over)
+            trial.set_user_attr("text", str(candidate.plan))
+            trial.set_user_attr("over", over)
+            trial.set_user_attr("why", why)
+            trial.set_user_attr("kind", "over budget")
+            self.record.study.tell(trial, [0.0, math.log10(self.count(candidate))])
+            return -1
+        trial.set_user_attr("plan", candidate.plan.to_dict())
+        trial.set_user_attr("rate", candidate.rate)
+        trial.set_user_attr("parameters", self.count(candidate))
+        trial.set_user_attr("generation", generation)
+        trial.set_user_attr("place", len(self._accepted()))
+        trial.set_user_attr("kind", "accepted")
+        return trial.number
+
+    def _fixed(self, asked: int, known: set[str], force: bool) -> dict[str, int] | None:
+        """Choices that are not the sampler's: the space's starts, a grid's next, or, after long bad luck in a small space,
+        any that is left. {}: the sampler chooses; None: nothing is left."""
+        starts = self.space.starts() if self.sampler == "tpe" and self.starts else []
+        if asked < len(starts):
+            return starts[asked]
+        walk = self.sampler == "grid" or bool(self.space.plans) or (force and self.space.size <= MOST_LISTED)
+        if not walk:
+            return {}
+        for params, candidate in self.space:
+            if candidate.key not in known:
+                return params or {"": 0}
+        return None
+
+    def _sampler(self, seed: int) -> Any:
+        import optuna
+
+        if self.sampler == "tpe":
+            with warnings.catch_warnings():  # `group` is called experimental: it is what lets a part's options be asked only where it is on
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=self.generation)
+        return optuna.samplers.RandomSampler(seed=seed)
+
+    # -- training ----------------------------------------------------------------------------------------------------------
+    def _climb(self, batch: list[Any]) -> bool:
+        """Train the generation rung by rung; False where the time was up before its end."""
+        alive = sorted(t.number for t in batch)
+        for r, share in enumerate(self.rungs):
+            self._train(alive, share)
+            trials = self._all()
+            outcomes = {n: trials[n].user_attrs.get(f"rung {rung_name(share)}") for n in alive}
+            if any(o is None or o["status"] == "unfinished" for o in outcomes.values()):
+                return False
+            good = [n for n in alive if outcomes[n]["status"] == "complete"]
+            for n in alive:
+                if n not in good:
+                    self._finish(n, outcomes[n]["status"], outcomes[n])
+            last = r + 1 == len(self.rungs)
+            keep = len(good) if last else min(len(good), max(1, math.ceil(len(batch) / ETA ** (r + 1))))
+            chosen = self._best(good, share)[:keep]
+            for n in good:
+                if last or n not in chosen:
+                    self._finish(n, "complete" if last else "dropped", outcomes[n])
+            alive = sorted(chosen)
+            if not alive:
+                break
+        return True
+
+    def _train(self, numbers: list[int], share: float) -> None:
+        name = f"rung {rung_name(share)}"
+        trials = self._all()
+        todo = [n for n in numbers if trials[n].user_attrs.get(name, {"status": "unfinished"})["status"] == "unfinished"]
+        last = share == self.rungs[-1]
+        deadline = self.deadline
+        if time.time() >= deadline:
+            return
+        jobs = [Job(trials[n].user_attrs["plan"], trials[n].user_attrs["rate"], share, last, deadline) for n in todo]
+        for n in todo[:1]:
+            self._say("start", n, share)
+        for i, outcome in self.executor(self.worker, jobs):
+            self.record.note(todo[i], name, outcome)
+            self._clock()
+            self._say("rung", todo[i], share)
+            if i + 1 < len(todo):
+                self._say("start", todo[i + 1], share)
+
+    def _best(self, numbers: list[int], share: float) -> list[int]:
+        """`numbers`, best first by score and parameters, among all that reached this rung."""
+        name = f"rung {rung_name(share)}"
+        seen = [t for t in self._accepted() if t.user_attrs.get(name, {}).get("status") == "complete"]
+        order = ranked([(t.user_attrs[name]["score"], math.log10(t.user_attrs["parameters"])) for t in seen])
+        return [seen[i].number for i in order if seen[i].number in numbers]
+
+    def _finish(self, number: int, status: str, outcome: dict[str, Any]) -> None:
+        from optuna.trial import TrialState
+
+        t = self._all()[number]
+        if t.state != TrialState.RUNNING:
+            return
+        self.record.note(number, "status", status)
+        worst = min((u.values[0] for u in self._all() if u.values is not None), default=0.0)
+        self.record.study.tell(number, [outcome["score"] if outcome.get("score") is not None else worst, math.log10(t.user_attrs["parameters"])])
+
+    def _say(self, event: str, number: int, share: float) -> None:
+        if self.tell is None:
+            return
+        trials = self.trials()
+        place = self._all()[number].user_attrs["place"]
+        done = sum(t.cost["steps"] for t in trials) / self.worker.steps
+        self.tell(Progress(event, trials[place], rung_name(share), trials, self.elapsed, done, self.budget.trials or 0))
+
+    # -- the answer ----------------------------------------------------------------------------------------------------------
+    def trials(self) -> list[Trial]:
+        """The candidates so far, in the order of asking."""
+        return [self._trial(t) for t in sorted(self._accepted(), key=lambda t: t.user_attrs["place"])]
+
+    def _trial(self, t: Any) -> Trial:
+        a = t.user_attrs
+        found = [(rung_name(s), a[f"rung {rung_name(s)}"]) for s in self.rungs if f"rung {rung_name(s)}" in a]
+        out = Trial(a["place"], a["plan"], a["rate"], a.get("status", "unfinished"), {"parameters": a["parameters"]}, a["parameters"] / self.base)
+        out.merges = measure.merges(self.space_plan(a["plan"]))
+        out.cost = {k: sum(o.get(k, 0) for _, o in found) for k in ("steps", "examples", "seconds")}
+        for rung, o in found:
+            score = [] if o.get("score") is None else [[o["steps"], o["score"]]]
+            out.curves[rung] = {"loss": o.get("loss", []), "score": score}
+        if not found:
+            out.why = "the time was up before it began"
+            return out
+        rung, last = found[-1]
+        out.why = last["why"]
+        if last.get("score") is not None:
+            out.objectives["score"], out.noise, out.replicates = last["score"], last["noise"], last["replicates"]
+        if out.status == "dropped":
+            out.why = f"after {rung} of the training others were better"
+        if "latency" in last:
+            out.objectives |= {"latency": last["latency"], "memory": float(last["memory"]), "seconds": last["train_seconds"]}
+        return out
+
+    @staticmethod
+    def space_plan(data: dict[str, Any]) -> Any:
+        from ..plan import Plan
+
+        return Plan.from_dict(data)
