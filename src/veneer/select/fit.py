@@ -86,7 +86,9 @@ class Worker:
         return max(1, round(self.steps * share))
 
     def _train(self, job: Job, out: dict[str, Any]) -> None:
-        from transformers import Trainer, TrainingArguments, set_seed
+        from transformers import TrainingArguments, set_seed
+
+        from ..train.trainer import AdapterTrainer, Advance
 
         steps = self.steps_of(job.share)
         # each example about once in a part of the training: more of them say more than the same ones again
@@ -95,7 +97,9 @@ class Worker:
         device = measure.device_of(self.model)
         modes = {m: m.training for m in self.model.modules()}
         set_seed(self.seed)
-        adapter = attach(self.model, Plan.from_dict(job.plan), name=measure.NAME)
+        plan = Plan.from_dict(job.plan)
+        shown = [self.data.batch("train", self.batch_size)] if any(m.needs_data for m in plan.leaves()) else None
+        adapter = attach(self.model, plan, name=measure.NAME, batches=shown)
         watch = _watch(out, job.deadline)
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +111,14 @@ class Worker:
                 )  # fmt: skip
                 args._n_gpu = min(1, args.n_gpu)  # one model, whole, where the user put it
                 examples = [self.data.train[i] for i in rows]
-                trainer = Trainer(model=self.model, args=args, train_dataset=examples, data_collator=self.data.collate, callbacks=[watch])  # type: ignore[arg-type]
+                trainer = AdapterTrainer(
+                    model=self.model,
+                    args=args,
+                    train_dataset=examples,
+                    data_collator=self.data.collate,
+                    callbacks=[watch, Advance()],  # type: ignore[arg-type]
+                )
+                trainer.adapter_name = measure.NAME
                 _silence(trainer)
                 measure.wait(device)
                 begin = time.perf_counter()

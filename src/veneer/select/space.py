@@ -16,7 +16,7 @@ from torch import nn
 from .. import resolve
 from ..build import make_parts
 from ..errors import ConfigError, PlanError, VeneerError, did_you_mean
-from ..methods import REGISTRY, find
+from ..methods import find, methods
 from ..patterns import select as pick
 from ..plan import Gated, Plan, Sum, finite, gated, short
 from ..settle import narrow
@@ -257,7 +257,7 @@ class Space:
         gates = [g for g in self.gates if g in (None, "constant")]
         if needed or not (parts or plans) or not gates:
             what = ", ".join(needed or [p.name for p in self.parts] or map(str, self.plans))
-            those = ", ".join(m.name for m in REGISTRY if m.mergeable)
+            those = ", ".join(m.name for m in methods() if "mergeable" in m.capabilities)
             raise ConfigError(f"latency: +0% takes only what merges, and {what} does not", where="budget.latency", fix=f"These methods merge: {those}")
         return dataclasses.replace(self, parts=parts, plans=plans, gates=gates)
 
