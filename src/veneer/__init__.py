@@ -24,6 +24,7 @@ _WHERE = {
     "attach": ("attach", "detach"),
     "adapter": ("Adapter", "activate", "active", "disabled", "route"),
     "merge": ("merge", "unmerge"),
+    "combine": ("combine",),
     "store": ("save", "load"),
     "summary": ("summary",),
     "gates": ("gates",),
