@@ -25,6 +25,22 @@ CATALOGUE = {
     "delora": lambda: vn.DeLoRA(2, at="linear"),
     "hira": lambda: vn.HiRA(2, at="linear"),
     "beft": lambda: vn.BEFT(at="attn.{v,o}"),
+    "bottleneck-layer": lambda: vn.Bottleneck(4, at="layer", drop=1),
+    "compacter": lambda: vn.Compacter(size=8, rank=2),
+    "gated-compacter": lambda: vn.gated(vn.Compacter(size=4, n=2)),
+    "llama-adapter": lambda: vn.LlamaAdapter(3),
+    "gated-llama-adapter": lambda: vn.gated(vn.LlamaAdapter(3, per_head=False)),
+    "loreft": lambda: vn.LoReFT(3),
+    "loreft-positions": lambda: vn.LoReFT(2, positions="first:2+last:1"),
+    "gated-loreft": lambda: vn.gated(vn.LoReFT(2), per="token"),
+    "direft": lambda: vn.DiReFT(3, positions="first:1+last:2"),
+    "direft-orthogonal": lambda: vn.DiReFT(3, orthogonal=True),
+    "invertible": lambda: vn.Invertible(),
+    "ladder": lambda: vn.Ladder(reduction=4),
+    "gated-ladder": lambda: vn.gated(vn.Ladder(reduction=4)),
+    "p-tuning": lambda: vn.PTuning(3, hidden=8),
+    "p-tuning-lstm": lambda: vn.PTuning(3, encoder="lstm", hidden=8),
+    "multitask": lambda: vn.MultitaskPrompt(3),
 }
 
 # why a method refuses a kind of model: a part of the error's text

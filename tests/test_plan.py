@@ -26,6 +26,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "prefix": [{}, {"length": 3, "reparameterize": 9, "init_std": 0.5, "positions": True, "at": "cross"}],
     "prompt": [{}, {"length": 4, "init": "vocab", "before_cls": True, "at": "embed"}, {"length": None, "init": "text", "text": "Ein Täxt: 'quoted'\n"}],
     "full": [{}, {"at": "norm"}, {"at": None}],
+    "compacter": [{}, {"n": 2, "size": 6, "rank": 2, "activation": "relu", "drop": 1, "skip": 2}, {"reduction": 3.5, "at": "ffn"}],
+    "llama-adapter": [{}, {"length": 3, "per_head": False, "init_std": 0.5, "at": "attn"}],
+    "loreft": [{}, {"rank": 2, "positions": "first:2+last:1", "at": "layer@1"}],
+    "direft": [{}, {"rank": 2, "positions": "last:3", "orthogonal": True, "at": "ffn"}],
+    "invertible": [{}, {"reduction": 3.5, "activation": "gelu", "at": "layer@1"}],
+    "ladder": [{}, {"reduction": 4, "at": "layer@::2"}],
+    "p-tuning": [{}, {"length": 3, "encoder": "lstm", "hidden": 5, "layers": 1, "dropout": 0.1, "before_cls": True, "at": "embed"}],
+    "multitask-prompt": [{}, {"length": 3, "rank": 2, "shared": "a", "source": "b,c", "before_cls": True, "at": "embed"}],
 }
 GATES = [{}, {"per": "token", "gate": "published", "bias": -2.5, "temperature": 0.5}, {"per": "constant"}]
 

@@ -22,7 +22,7 @@ _WHERE = {
     "sites": ("Site",),
     "resolve": ("sites",),
     "attach": ("attach", "detach"),
-    "adapter": ("Adapter", "activate", "active", "disabled", "route"),
+    "adapter": ("Adapter", "activate", "active", "disabled", "route", "prompted", "skip"),
     "merge": ("merge", "unmerge"),
     "combine": ("combine",),
     "store": ("save", "load"),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError, CapabilityError, did_you_mean
@@ -185,3 +186,59 @@ def route(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Itera
         yield model
     finally:
         state.frame = before
+
+
+@contextmanager
+def prompted(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None]:
+    """Within the block the first `lengths[i]` real tokens of row i are its prompt, and the rest its answer.
+
+    For methods that act at chosen tokens (vn.LoReFT(positions='last:4')): 'last' then counts back from the prompt's end, as
+    it does in generation, where the call holds the prompt alone. Raises: AdapterError where nothing is attached, or for a
+    length that is no whole number of at least 1.
+    """
+    from .attach import state_of
+
+    state = state_of(model)
+    given = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    if not given or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in given):
+        raise AdapterError(f"lengths={short(given)}", fix="Give the number of the prompt's tokens for each row, as [12, 9]")
+    before = state.frame
+    state.frame = replace(before, prompt=torch.tensor(given))
+    try:
+        yield
+    finally:
+        state.frame = before
+
+
+def skip(model: nn.Module, layers: int, name: str | None = None) -> None:
+    """Leave the adapter `name` (default: the active ones) out of the `layers` lowest layers from now on (AdapterDrop).
+
+    The parameters stay, and are saved with the plan, which then says skip=`layers`; 0 brings them all back. Nothing below
+    the first layer in use is computed, or given a gradient.
+
+    Raises: AdapterError for an unknown name or a number under 0; CapabilityError where no method of the plan can be skipped.
+    """
+    from .attach import state_of
+
+    state = state_of(model)
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
+        raise AdapterError(f"layers={short(layers)}", fix="Give how many of the lowest layers to leave out, as 5")
+    for n in state.active if name is None else (known(state, name),):
+        record = state.adapters[n]
+        able = [t.method for t in record.plan.terms() if hasattr(t.method, "skip")]
+        if not able:
+            raise CapabilityError(f"no method of {n!r} can be left out of lower layers", fix="vn.Bottleneck and vn.Compacter can, or narrow at='…@5:'")
+        record.plan = Plan.from_dict(_with(record.plan.to_dict(), {m.name for m in able}, layers))
+        for part in record.parts:
+            if hasattr(part, "skip"):
+                part.skip = layers
+
+
+def _with(data: Any, names: set[str], layers: int) -> Any:
+    """A plan's data with skip=`layers` in the methods called `names`."""
+    if isinstance(data, list):
+        return [_with(d, names, layers) for d in data]
+    if not isinstance(data, dict):
+        return data
+    out = {k: _with(v, names, layers) for k, v in data.items()}
+    return {**out, "skip": layers} if data.get("method") in names else out

@@ -1,7 +1,8 @@
 """Prefixes inside attention, through transformers' attention registry or torch's own attention function.
 
 For a prefix (P_K, P_V) with gate g, out = (1 - g) · attn(q; K, V) + g · attn(q; [P_K; K], [P_V; V]), which is
-attn + g · λ · (attn_P - attn): off at g = 0, prefix tuning at g = 1. Several prefixes add their deviations.
+attn + g · λ · (attn_P - attn): off at g = 0, prefix tuning at g = 1. Several prefixes add their deviations. A part that says
+`apart` is attended to through a softmax of its own instead: out = attn + strength · attn(q; P_K, P_V) (LLaMA-Adapter).
 """
 
 from __future__ import annotations
@@ -29,8 +30,44 @@ Attend = Callable[[Tensor, Tensor, Tensor, Any, Any], Any]
 
 
 def blend(host: Host, parts: list[KVPart], q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, attend: Attend, time: int) -> Any:
-    """Attention with prefixes. `attend(q, k, v, mask, bias)` gives the model's own attention; its output has the
+    """Attention with the kv parts. `attend(q, k, v, mask, bias)` gives the model's own attention; its output has the
     queries in dimension `time` (1: (B, T, H, d); 2: (B, H, T, d))."""
+    apart = [p for p in parts if p.apart]
+    inside = [p for p in parts if not p.apart]
+    y = _inside(host, inside, q, k, v, mask, bias, attend, time) if inside else attend(q, k, v, mask, bias)
+    if not apart:
+        return y
+    total, rest = y if isinstance(y, tuple) else (y, None)
+    for part in apart:
+        total = _apart(host, part, q, k, total, getattr(attend, "scale", None), time)
+    return (total, rest) if isinstance(y, tuple) else total
+
+
+def _apart(host: Host, part: KVPart, q: Tensor, k: Tensor, total: Tensor, scale: float | None, time: int) -> Tensor:
+    """total + strength · softmax(q P_K^T) P_V: every query sees the prompt through a softmax of its own."""
+    frame, x = host.state.frame, _take_x(part)
+    x = x.transpose(0, 1) if host.batch_dim == 1 and x is not None else x
+    routing, pad, n = frame.routing, frame.mask, q.shape[0]
+    rows = routing.rows(part.adapter, n, q.device) if routing is not None else None
+    if rows is not None:
+        if rows.numel() == 0:
+            return total
+        q, k, x, pad = (_rows(t, n, rows) for t in (q, k, x, pad))
+    pk, pv = _pair(part, k, None)
+    if pk.shape[1] != q.shape[1]:
+        pk, pv = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (pk, pv))
+    scores = (q @ pk.transpose(-1, -2)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    d = torch.softmax(scores, -1).to(pv.dtype) @ pv
+    strength = part.strength().to(d.dtype)
+    d = d * (strength.reshape(-1, 1, 1))
+    d = d.transpose(1, 2) if time == 1 else d
+    if part.gate is not None:
+        d = d * _over_heads(gate_of(part, x, frame, pad, 0, folds(q.shape[0], frame)), d, time)
+    return total + d if rows is None else total.index_add(0, rows, d.to(total.dtype))
+
+
+def _inside(host: Host, parts: list[KVPart], q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, attend: Attend, time: int) -> Any:
+    """Attention with prefixes before its own keys and values."""
     frame = host.state.frame
     routing = frame.routing
     xs = [_take_x(p) for p in parts]
@@ -173,6 +210,7 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     if "flex" in name or "paged" in name:
         raise CapabilityError(f"prefixes do not work with attn_implementation {name!r}", fix="Use 'sdpa' or 'eager'")
     is_causal = kwargs.get("is_causal")
+    attend.scale = kwargs.get("scaling")  # type: ignore[attr-defined]
     attend.causal = name == "sdpa" and (is_causal if is_causal is not None else getattr(module, "is_causal", True))  # type: ignore[attr-defined]
     return blend(host, parts, query, key, value, attention_mask, position_bias, attend, 1)
 
@@ -215,6 +253,7 @@ def sdpa(
         return own(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, **kwargs)
 
     attend.causal = is_causal  # type: ignore[attr-defined]
+    attend.scale = kwargs.get("scale")  # type: ignore[attr-defined]
     return blend(host, parts, query, key, value, attn_mask, None, attend, 2)
 
 

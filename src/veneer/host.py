@@ -31,6 +31,23 @@ class Cell:
         self.x: Tensor | None = None
 
 
+class Tap(Cell):
+    """Carries what enters another module to a part that acts later in the same call, without a gradient."""
+
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor | None:  # type: ignore[override]
+        return self.held
+
+    @x.setter
+    def x(self, value: Tensor | None) -> None:
+        self.held = None if value is None else value.detach()
+
+
 @dataclass
 class Recipe:
     """The parts of the adapters in use that concern one host, sorted by what they do."""
@@ -218,8 +235,10 @@ class Host:
 
     def _add(self, total: Tensor, part: Part, rule: Callable[..., Tensor], x: Tensor, y: Tensor, frame: Frame, s: Any) -> Tensor:
         """total + g · rule(x, y), in the rows that use the part and in the features of the slice."""
+        if part.idle():
+            return total
         dim = self.batch_dim
-        rows, mask = None, frame.mask
+        rows, mask, prompt = None, frame.mask, frame.prompt
         if frame.routing is not None:
             n = total.shape[dim]
             n = frame.routing.size if n == 1 else n
@@ -236,17 +255,25 @@ class Host:
                 if mask is not None:
                     own = frame.routing.rows(part.adapter, mask.shape[0], mask.device)
                     mask = mask if own is None else mask.index_select(0, own)
+                if prompt is not None:
+                    own = frame.routing.rows(part.adapter, prompt.shape[0], prompt.device)
+                    prompt = prompt if own is None else prompt.index_select(0, own)
         out_dim = part.map.out_dim if part.site.port == "weight" else -1
         d = rule(x, take(y, s, out_dim))
         if part.gate is not None and part.gate.joint is None:
             width_last = not (part.site.port == "weight" and part.map.out_dim == 1)
             d = d * self._gate(part, y if part.reads_state else x, d, frame, mask, folds(total.shape[dim], frame), width_last)
+        if part.places is not None:
+            d = d * self._shaped(part.places(d.shape[1 - dim], mask, prompt, frame.past, d), d)
         d = place(d, s, out_dim).to(total.dtype)
         return total + d if rows is None else total.index_add(dim, rows, d)
 
     def _gate(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None, fold: int, width_last: bool = True) -> Tensor:
         """The gate of `part` for input x, shaped to multiply d."""
         g = gate_of(part, x if x.is_floating_point() else d, frame, mask, self.batch_dim, fold)
+        return self._shaped(g, d, width_last)
+
+    def _shaped(self, g: Tensor, d: Tensor, width_last: bool = True) -> Tensor:
         if self.batch_dim == 1:
             g = shape_like(g, d.transpose(0, 1))
             return g.transpose(0, 1) if g.dim() > 1 else g
@@ -311,7 +338,10 @@ class Host:
                 mask = frame.mask
                 if mask is not None:
                     mask = mask.index_select(0, routing.rows(adapter, mask.shape[0], mask.device))
-                own = replace(own, routing=sub, mask=mask, batch=frame.batch * sub.size // routing.size)
+                prompt = frame.prompt
+                if prompt is not None:
+                    prompt = prompt.index_select(0, routing.rows(adapter, prompt.shape[0], prompt.device))
+                own = replace(own, routing=sub, mask=mask, prompt=prompt, batch=frame.batch * sub.size // routing.size)
             a, k = a
             now = plain + members
             gate = members[0].gate if varies else None

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .embed import signature_of
-from .host import Cell, Host, State
+from .host import Cell, Host, State, Tap
 from .methods.parts import module_at
 from .shells import FrameMixin, HostMixin, LayerMixin, subclass
 from .sites import Site
@@ -26,7 +26,7 @@ def install(model: nn.Module, state: State, record: Any) -> None:
     """Put the parts of `record` on their hosts and exchange the hosts' classes."""
     touched: dict[str, set[type]] = {}
     layers = layer_paths(model)
-    varying = any(p.gate is not None and p.gate.per != "constant" for p in record.parts)
+    varying = any((p.gate is not None and p.gate.per != "constant") or p.places is not None for p in record.parts)
     for part in record.parts:
         site = part.site
         part.adapter = record.name
@@ -62,11 +62,13 @@ def install(model: nn.Module, state: State, record: Any) -> None:
             touched.setdefault(alias, set()).add(HostMixin)
         touched.setdefault(owner.path, set()).add(HostMixin)
         touched.setdefault(reader.path, set()).add(HostMixin)
-        if site.port in ("hidden", "kv"):
+        if site.port in ("hidden", "kv") and part.acts != "input":
             part.cell = Cell()
-            enter = host_of(model, state, site.enter)
-            enter.captures.append((part, part.cell))
-            touched.setdefault(enter.path, set()).add(HostMixin)
+            part.seen = [Tap() for _ in part.taps]
+            for path, cell in ((site.enter, part.cell), *zip(part.taps, part.seen, strict=True)):
+                enter = host_of(model, state, path)
+                enter.captures.append((part, cell))
+                touched.setdefault(enter.path, set()).add(HostMixin)
         if site.port == "kv" and owner.attention is None:
             from .attention import VIA
 

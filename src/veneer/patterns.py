@@ -33,7 +33,8 @@ def select(sites: Iterable[Site], pattern: str, *, port: str, default: bool = Fa
 
         attn.q  ffn.*  attn.{q,v}      a role, a glob over roles, alternatives
         attn  ffn                      a block; on the weight and param ports its members (attn.q, attn.k, …)
-        linear  all                    every linear map except the head and routers; every site of the port
+        linear  all                    every linear map except the head and routers; every site of the port (but for 'layer')
+        layer                          on the hidden port: a whole layer, its h the residual stream
         name:REGEX                     module paths: the whole path or a whole tail of it; takes the rest of the pattern
         @3  @8:  @:4  @-2:  @::2  @{0,5}   layers of the tower, counted from 0; negative ones from its end
         vision/attn.q                  only in that tower
@@ -51,7 +52,7 @@ def select(sites: Iterable[Site], pattern: str, *, port: str, default: bool = Fa
     chosen: set[int] = set()
     dropped: list[Member] = []
     if members[0].exclude:
-        chosen.update(range(len(here)))
+        chosen.update(i for i, s in enumerate(here) if _role("all", s))
     for m in members:
         hits = _match(m, here)
         if not hits and default:
@@ -260,7 +261,7 @@ def _named(regex: re.Pattern[str], path: str) -> bool:
 
 def _role(role: str, s: Site) -> bool:
     if role == "all":
-        return True
+        return s.role != "layer"
     if role == "linear":
         return s.port == "weight" and s.kind in LINEAR and s.role not in ("head", "router")
     if s.role == role or (role and fnmatchcase(s.role, role) and s.role != ""):

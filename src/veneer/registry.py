@@ -21,4 +21,12 @@ METHODS = {
     "DeLoRA": "delora",
     "HiRA": "hira",
     "BEFT": "beft",
+    "Compacter": "compacter",
+    "LlamaAdapter": "llama_adapter",
+    "LoReFT": "reft",
+    "DiReFT": "reft",
+    "Invertible": "invertible",
+    "Ladder": "ladder",
+    "PTuning": "ptuning",
+    "MultitaskPrompt": "multitask",
 }

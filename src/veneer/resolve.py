@@ -379,6 +379,10 @@ class Resolved:
                 continue
             enter = feed.gate if feed.gate is not None else feed.up
             add("ffn", enter.node, feed.down.node, feed.down.out, feed.down.node)
+        for layer in self.layers:
+            whole = layer.root.index and not layer.also and not isinstance(layer.root.module, (nn.ModuleList, nn.ModuleDict))
+            if whole and layer.width:
+                add("layer", layer.root, layer.root, layer.width, layer.root)
         return [s for _, s in sorted(found, key=lambda e: e[0])]
 
     def _kv(self) -> list[Site]:

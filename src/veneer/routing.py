@@ -53,7 +53,7 @@ class Routing:
 @dataclass(frozen=True)
 class Frame:
     """What holds for one call of the model: routing, the 2-D attention mask, batch size, whether there is a cache and
-    how much is in it, and sums kept with it."""
+    how much is in it, sums kept with it, and how many real tokens of each row are its prompt (None: all)."""
 
     routing: Routing | None = None
     mask: Tensor | None = None
@@ -61,6 +61,7 @@ class Frame:
     cached: bool = False
     past: int = 0
     memo: dict[Any, Tensor] | None = None
+    prompt: Tensor | None = None
 
 
 def shared_by_rows(part: Part) -> CapabilityError:

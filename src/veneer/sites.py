@@ -41,7 +41,8 @@ class Site:
             that the site covers, `enter` (where given) the module that reads it, `slice` says which part of the output
             dimension that is (None: all of it).
     param   `tensor` is the name of a parameter of `path`, of `shape`.
-    hidden  h is what `path` returns, x is the first input of `enter`; both have `width` channels.
+    hidden  h is what `path` returns, x is the first input of `enter`; both have `width` channels. Roles are blocks ('attn',
+            'ffn', …), whose h is not yet added to the residual, and 'layer', whose h is the residual stream itself.
     kv      `path` is the attention module, x the first input of `enter`; `heads` key/value heads of `head_dim`;
             `via` is the mechanism ('registry': transformers' AttentionInterface; 'sdpa': the module calls
             F.scaled_dot_product_attention itself; 'mha': it is an nn.MultiheadAttention).

@@ -129,6 +129,11 @@ class Method(Plan):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 40:
                 raise self._fail(f"{key} must be a whole number of at least 1, and of some use, not {short(value)}")
 
+    def _count(self, **values: Any) -> None:
+        for key, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 40:
+                raise self._fail(f"{key} must be a whole number of at least 0, not {short(value)}")
+
     def _finite(self, **values: Any) -> None:
         for key, value in values.items():
             if not finite(value):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..sites import Site
 from .base import Build, Method
+from .drop import Droppable, draw, ready
 from .parts import OutputPart, Part, like
 
 ACTIVATIONS = {
@@ -32,7 +33,8 @@ class Bottleneck(Method):
         sequential  h' = h + s · f(h)        parallel  h' = h + s · f(x)
         f(z) = W_up · act(W_down · norm(z) + b_down) + b_up,   W_down (n, d), W_up (d, n)
 
-    h leaves a block (attention or FFN) before its residual add; x enters that block.
+    h leaves a block (attention or FFN) before its residual add; x enters that block. At 'layer' h is the residual stream
+    itself, behind the layer's last norm in post-norm models.
 
     size       n, the bottleneck's width; or
     reduction  d / n, where `size` is not given (16 is Pfeiffer's)
@@ -42,7 +44,12 @@ class Bottleneck(Method):
     scale      s: a number (1 by default; He et al. use 4 in parallel), or 'learnt' (starts at 1)
     norm       a LayerNorm before W_down, of its own; False by default
     dropout    on f's output while training; 0 by default
+    drop       AdapterDrop (Rücklé et al., EMNLP 2021, arXiv 2010.11918): every training step leaves the adapters of the 0 to
+               `drop` lowest layers out, a number drawn for each step; 0 (default) leaves none out (the paper: up to all but
+               one). Under DDP give find_unused_parameters=True then
+    skip       how many of the lowest layers go without outside of training, and in it where drop=0; see also vn.skip
 
+    Other widths in other layers are a sum: Bottleneck(reduction=16, at='ffn@:6') + Bottleneck(reduction=4, at='ffn@6:').
     W_up and b_up are zero at the start, so h' = h; W_down ~ N(0, 0.02²). Parameters: 2 n d + n + d a site
     (894,528 on BERT-base with n = 48). Raises: PlanError.
     """
@@ -50,7 +57,7 @@ class Bottleneck(Method):
     name = "bottleneck"
     family = "additive"
     ports = ("hidden",)
-    paper = "arXiv 1902.00751, 2005.00247, 2110.04366"
+    paper = "arXiv 1902.00751, 2005.00247, 2110.04366, 2010.11918"
     default_at = "ffn"
 
     size: int | None = None
@@ -60,6 +67,8 @@ class Bottleneck(Method):
     scale: float | str = 1.0
     norm: bool = False
     dropout: float = 0.0
+    drop: int = 0
+    skip: int = 0
     at: str | None = None
 
     def __post_init__(self) -> None:
@@ -78,7 +87,11 @@ class Bottleneck(Method):
             self._finite(scale=self.scale)
         self._share(dropout=self.dropout)
         self._bool(parallel=self.parallel, norm=self.norm)
+        self._count(drop=self.drop, skip=self.skip)
         self._pattern()
+
+    def advance(self, parts: list[Part], step: int, total: int) -> None:
+        draw(parts, step)
 
     def part(self, site: Site, build: Build) -> Part:
         size = self.size if self.size is not None else max(1, round(site.width / self.reduction))  # type: ignore[operator]
@@ -87,7 +100,7 @@ class Bottleneck(Method):
         return BottleneckPart(site, build, self, size)
 
 
-class BottleneckPart(OutputPart):
+class BottleneckPart(Droppable, OutputPart):
     def __init__(self, site: Site, build: Build, m: Bottleneck, size: int) -> None:
         super().__init__(site)
         new, d = like(build, site), site.width
@@ -99,6 +112,7 @@ class BottleneckPart(OutputPart):
         self.scale = nn.Parameter(torch.ones(1, **new)) if m.scale == "learnt" else float(m.scale)
         self.parallel, self.activation, self.dropout = m.parallel, ACTIVATIONS[m.activation], m.dropout
         self.reads_state = not m.parallel
+        ready(self, m.skip, m.drop)
 
     def deviation(self, x: Tensor, h: Tensor) -> Tensor:
         z = x if self.parallel else h

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -43,10 +44,14 @@ class Part(nn.Module):
     acts: ClassVar[str] = ""
     replaces: ClassVar[bool] = False
     rates: ClassVar[dict[str, float]] = {}  # learning rates of some of its parameters, as multiples of the run's
+    places: Callable[..., Tensor] | None = None  # which tokens it acts on, where not on all: see ops/positions.py
+    taps: tuple[str, ...] = ()  # modules whose inputs it reads besides its own: found in seen[i].x, without a gradient
     reads_state: bool = False  # its own input, and so its gate's, is the state h that leaves the block, and not x
     gate: Gate | None
     cell: Any
     owner: Any
+    seen: Any
+    bank: Any
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -63,6 +68,7 @@ class Part(nn.Module):
         # plain references, not submodules: the cell that brings the block's input, and the host that owns the tensor
         self.__dict__["cell"] = None
         self.__dict__["owner"] = None
+        self.__dict__["seen"] = []
         self.__dict__["bank"] = None  # what it shares with other parts of its method
 
     def frozen(self, name: str, value: Tensor | None) -> None:
@@ -79,6 +85,10 @@ class Part(nn.Module):
     def penalty(self) -> Tensor | None:
         """A term of the training loss, where the method has one: see vn.penalty."""
         return None
+
+    def idle(self) -> bool:
+        """Whether it leaves the state as it is in this call, and need not be computed (AdapterDrop)."""
+        return False
 
     def cast(self, p: Tensor, x: Tensor) -> Tensor:
         """`p` in the dtype that `x` is computed in."""
@@ -169,6 +179,11 @@ class KVPart(Part):
     """Keys and values that attention sees before its own."""
 
     acts = "kv"
+    apart: bool = False  # through a softmax of their own, scaled by strength()
+
+    def strength(self) -> Tensor:
+        """What an `apart` part's attention is multiplied by: (heads of the queries,) or (1,)."""
+        raise NotImplementedError
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """K and V, each (heads, n, head_dim)."""

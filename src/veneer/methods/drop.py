@@ -1,0 +1,33 @@
+"""AdapterDrop: parts that are left out of the lowest layers, by a fixed number or one drawn for each training step."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from .parts import Part
+
+
+class Droppable(Part):
+    """A part that can be left out in the layers under `skip`; while training, under `drawn`, where `most` is given."""
+
+    skip: int = 0
+    most: int = 0
+    drawn: int = 0
+
+    def idle(self) -> bool:
+        n = self.drawn if self.training and self.most else self.skip
+        return self.site.layer is not None and self.site.layer < n
+
+
+def ready(part: Droppable, skip: int, most: int) -> None:
+    """Give `part` its numbers, and the first step's draw."""
+    part.skip, part.most = skip, most
+    draw([part], 0)
+
+
+def draw(parts: list[Any], step: int) -> None:
+    """Draw how many layers the step after `step` leaves out: 0 to `most`, from the step's number alone, so that all
+    processes agree, a resumed run goes on as it would have, and a recomputed layer sees what it saw before."""
+    for part in parts:
+        part.drawn = random.Random(f"adapterdrop {step}").randint(0, part.most)
