@@ -32,8 +32,8 @@ class Compacter(Method):
     at         'attn,ffn' (default; the paper's Compacter); 'ffn' is its Compacter++
     drop, skip AdapterDrop, as in vn.Bottleneck
 
-    d must be a multiple of n. s of W_up and the biases start at 0, so h' = h (the paper starts near it); A ~ N(0, 1/n), the rest
-    Glorot-uniform as in the paper. No matrix W is formed: W x costs r (d + width) n multiplications a token.
+    d must be a multiple of n. s of W_up and the biases start at 0, so h' = h (the paper starts near it); A ~ N(0, 1/n), the
+    rest Glorot-uniform as in the paper. No matrix W is formed: W x costs r (d + width) n multiplications a token.
     Parameters: n³ in all, and 2 r (d + width) + d + width a site. Raises: PlanError.
     """
 

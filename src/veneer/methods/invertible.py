@@ -29,8 +29,8 @@ class Invertible(Method):
 
     Where no head is tied to the token embedding (a classifier), there is no inverse. Together with a language's bottleneck,
     under the task's: vn.Invertible() + vn.Bottleneck(reduction=2) >> vn.Bottleneck(reduction=16). W_up and c start at 0, so
-    y = x. Under a gate each direction is scaled, and the one undoes the other only at g = 0 and 1. Parameters: about d² / 2 with
-    reduction 2. Raises: PlanError.
+    y = x. Under a gate each direction is scaled, and the one undoes the other only at g = 0 and 1. Parameters: about
+    d² / 2 with reduction 2. Raises: PlanError.
     """
 
     name = "invertible"

@@ -20,8 +20,8 @@ class MultitaskPrompt(Method):
 
         input = [P_k; E(x)],   P_k = P ⊙ (u_k v_kᵀ),   P (n, d) shared by the tasks, u_k (n, r) and v_k (d, r) of task k
 
-    Every task is an adapter. Source training: attach the first, and the others with `shared` naming it: they train the same P, and
-    a batch mixes tasks under vn.route. A target task starts from trained ones with `source`.
+    Every task is an adapter. Source training: attach the first, and the others with `shared` naming it: they train the same
+    P, and a batch mixes tasks under vn.route. A target task starts from trained ones with `source`.
 
         vn.attach(model, vn.MultitaskPrompt(100), name="nli")
         vn.attach(model, vn.MultitaskPrompt(100, shared="nli"), name="qa", activate=False)
@@ -33,10 +33,10 @@ class MultitaskPrompt(Method):
     source   attached adapters (a comma list) to start from: a copy of the first one's P and the mean of their u and of their v
     before_cls, at   as in vn.PromptTuning
 
-    Saved is the task whole, P with it, and loaded it stands alone. P starts from N(0, 0.02²), u and v from 1 (so that P_k = P; the
-    paper starts them at random). Not the identity at the start. Parameters: n d + r (n + d), of which r (n + d) for every further
-    task. The paper trains u and v slightly faster than P (0.4 against 0.3), by distillation from prompts of single tasks, which
-    is not done here. Raises: PlanError, SiteError.
+    Saved is the task whole, P with it, and loaded it stands alone. P starts from N(0, 0.02²), u from 1 and v from 1/r (so that
+    P_k = P; the paper starts them at random). Not the identity at the start. Parameters: n d + r (n + d), of which r (n + d)
+    for every further task. The paper's distillation from prompts of single tasks is not done here.
+    Raises: PlanError, SiteError.
     """
 
     name = "multitask-prompt"

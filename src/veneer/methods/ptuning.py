@@ -30,9 +30,9 @@ class PTuning(Method):
     before_cls put P before an encoder's CLS token (as Hugging Face PEFT does) and not after it
     at         'embed' of the first tower by default
 
-    The encoder only helps the training: saved is P alone. Mask, positions, labels and logits are kept as in vn.PromptTuning; for
-    prompts in every layer (P-tuning v2) see vn.Prefix. Not the identity at the start. Parameters: n d, and the encoder's while
-    training (3 hidden d or more). Raises: PlanError, SiteError.
+    The encoder only helps the training: saved is P alone. Mask, positions, labels and logits are kept as in vn.PromptTuning;
+    for prompts in every layer (P-tuning v2) see vn.Prefix. Not the identity at the start. Parameters: n d, and the encoder's
+    while training (3 hidden d or more). Raises: PlanError, SiteError.
     """
 
     name = "p-tuning"

@@ -63,7 +63,7 @@ class DiReFT(LoReFT):
     orthogonal  R has orthonormal rows (the authors' DireftIntervention); False by default, as in the paper (their
                 NodireftIntervention)
 
-    The other options are LoReFT's. W and b start at 0, R orthonormal, so h' = h. Parameters: 2 r d + r a layer.
+    rank, positions and at are LoReFT's. W and b start at 0, R orthonormal, so h' = h. Parameters: 2 r d + r a layer.
     Raises: PlanError.
     """
 
