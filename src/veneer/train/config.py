@@ -9,49 +9,90 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError, did_you_mean
 
+VERSION = 1
+TaskName = Literal[
+    "text-classification",
+    "multi-label-classification",
+    "regression",
+    "token-classification",
+    "causal-lm",
+    "chat",
+    "text-to-text",
+    "dpo",
+    "image-classification",
+    "audio-classification",
+    "sentence-embedding",
+]
+Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4", "torchao-fp8"]
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class DataConfig(Strict):
-    """Where examples come from. `train` and `eval` are files, datasets of the hub, or 'tweets' (the demo's)."""
+    """Where examples come from: files (csv, tsv, json, jsonl, parquet, txt), folders, datasets of the hub, or 'tweets'
+    (the demo's)."""
 
     train: str
     eval: str | None = Field(None, description="default: a share of the training rows, `eval_rows` or a tenth")
-    text: str | None = None
-    label: str | None = None
+    format: str | None = Field(None, description="default: found from the columns; docs/data.md lists them")
+    columns: dict[str, str] = Field({}, description="field: column, where the usual names are not used")
+    text: str | None = Field(None, description="short for columns.text")
+    label: str | None = Field(None, description="short for columns.label")
     encoding: str = "utf-8"
+    split: str = Field("train", description="of a dataset")
+    eval_split: str = Field("test", description="of the dataset `eval`")
+    subset: str | None = Field(None, description="a dataset's configuration")
     limit: int | None = Field(None, ge=1, description="train on that many rows, drawn with the seed")
     eval_rows: int | None = Field(None, ge=1)
+    on_error: Literal["stop", "skip"] = Field("stop", description="skip: leave bad rows out and count them")
 
 
 class TrainConfig(Strict):
-    """A run. `plan` is a preset's name or what vn.Plan.from_dict takes; a classifier's head is added to it."""
+    """A run. `plan` is a preset's name or what vn.Plan.from_dict takes; a new head is added to it."""
 
+    version: int = Field(VERSION, description="of this file's form")
     model: str
     data: DataConfig
     plan: Any = "lora"
-    task: Literal["text-classification", "causal-lm"] = "text-classification"
+    task: TaskName = "text-classification"
     output: str = "runs/train"
     name: str = "adapter"
     seed: int = 0
     epochs: float = Field(3.0, gt=0)
     max_steps: int = Field(-1, ge=-1)
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, description="rows in memory at once; less where they do not fit, with more accumulation")
     eval_batch_size: int = Field(64, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float | None = Field(None, gt=0, description="default: by method, see train/rates.py")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
-    max_length: int = Field(128, ge=2)
+    max_length: int = Field(128, ge=2, description="tokens; what is longer is cut, and counted")
+    max_seconds: float = Field(30.0, gt=0, description="of a sound")
+    chat_template: str | None = Field(None, description="a file, or chatml; default: the tokenizer's own")
+    loss_on: Literal["answers", "all"] = Field("answers", description="answers: what the assistant says, or the completion")
+    packing: bool = Field(False, description="several sequences in one row, kept apart")
+    beta: float = Field(0.1, gt=0, description="dpo: how far the base holds the model")
     checkpoint_every: int | None = Field(None, ge=1, description="steps; default: once an epoch")
     keep_checkpoints: int = Field(2, ge=1)
     choose_best: bool = Field(True, description="evaluate at each checkpoint and keep the best; otherwise the last is kept")
+    early_stopping: int | None = Field(None, ge=1, description="stop after that many evaluations without a better one")
+    stop_on_spike: float | None = Field(3.0, gt=1, description="stop where the loss is that many times what it was at worst so far")
     bf16: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = Field("auto", description="auto: where the estimate does not fit the memory")
+    quantization: Quantization | None = Field(None, description="of the base")
     report_to: list[str] = []
     resume: bool = True
+
+
+# keys of other trainers that mean one of these
+ALIASES = {
+    "lr": "learning_rate", "num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation", "output_dir": "output", "base_model": "model", "model_name_or_path": "model",
+    "adapter": "plan", "max_seq_length": "max_length", "sequence_len": "max_length", "sample_packing": "packing", "load_in_4bit": "quantization",
+    "load_in_8bit": "quantization", "warmup_ratio": "warmup", "save_steps": "checkpoint_every", "datasets": "data",
+}  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
@@ -66,11 +107,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("there is no such file", where=str(path), fix="Give the path of a YAML configuration; examples/ has some") from None
+    except IsADirectoryError:
+        raise ConfigError("this is a folder", where=str(path), fix="Give the path of a YAML configuration") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"not YAML: {e}", where=str(path)) from None
+        raise ConfigError(f"not YAML: {' '.join(str(e).split())}", where=str(path)) from None
     if not isinstance(data, dict):
         raise ConfigError(f"a configuration is a mapping, not {type(data).__name__}", where=str(path))
-    for item in overrides or []:
+    return make_config(override(data, overrides or []), str(path))
+
+
+def override(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`data` with each `key=value` set in it; dots reach into mappings, values are YAML. Raises: ConfigError."""
+    import yaml
+
+    for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"{item!r} is not key=value", fix="For example learning_rate=1e-3 or data.limit=500")
@@ -83,8 +133,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         try:
             target[last] = _number(yaml.safe_load(value))
         except yaml.YAMLError as e:
-            raise ConfigError(f"{value!r} is not a YAML value: {e}", where=key) from None
-    return make_config(data, str(path))
+            raise ConfigError(f"{value!r} is not a YAML value: {' '.join(str(e).split())}", where=key) from None
+    return data
 
 
 def _number(value: Any) -> Any:
@@ -101,12 +151,27 @@ def make_config(data: dict[str, Any], where: str = "configuration") -> TrainConf
     """`data` checked. Raises: ConfigError."""
     if isinstance(data.get("learning_rate"), str):
         data = {**data, "learning_rate": _number(data["learning_rate"])}
+    version = data.get("version", VERSION)
+    if version != VERSION or isinstance(version, bool):
+        which = "an old" if isinstance(version, int) and version < VERSION else "another"
+        raise ConfigError(
+            f"this is {which} form of configuration: version {version!r}, and {VERSION} is read",
+            where=where,
+            fix="`veneer init` writes one of today's; keys that are no more are then named one by one",
+        )
     try:
         return TrainConfig.model_validate(data)
     except ValidationError as e:
         first = e.errors()[0]
         place = ".".join(str(p) for p in first["loc"])
+        last = place.rpartition(".")[2]
         if first["type"] == "extra_forbidden":
             fields = DataConfig.model_fields if len(first["loc"]) > 1 else TrainConfig.model_fields
-            raise ConfigError(f"there is no key {place!r}", where=where, fix=did_you_mean(place.rpartition(".")[2], fields)) from None
+            fix = f"It is called {ALIASES[last]!r} here" if ALIASES.get(last) in fields else did_you_mean(last, fields)
+            raise ConfigError(f"there is no key {place!r}", where=where, fix=fix) from None
+        if first["type"] == "missing":
+            raise ConfigError(f"the key {place!r} is missing", where=where, fix=f"Give it, as {place}=…") from None
+        if first["type"] == "literal_error":
+            options = [str(o).strip("' ") for o in str(first.get("ctx", {}).get("expected", "")).replace(" or ", ",").split(",")]
+            raise ConfigError(f"{place} cannot be {first.get('input')!r}", where=where, fix=did_you_mean(str(first.get("input")), options)) from None
         raise ConfigError(f"{place}: {first['msg'].lower()}, not {first.get('input')!r}"[:300], where=where) from None

@@ -20,17 +20,13 @@ MISTAKES, SAMPLES, LONGEST = 15, 4, 32
 GATED_ROWS = 256  # of the evaluation rows; the spread of a mean over more is under a hundredth
 
 
-def observe(folder: Path, trainer: Any, run: Any, seen: Any) -> None:
-    """Write what the report shows beside run.json: evaluation.json, and gates.json where the plan has gates.
+def observe(folder: Path, trainer: Any, run: Any) -> None:
+    """Write what the report shows beside run.json: evaluation.json with what the task has to say of the last evaluation
+    (classes and mistakes, or samples), and gates.json where the plan has gates.
 
-    run   with tokenizer, labels, evaluation (rows of input_ids) and config.name
-    seen  the last prediction on the evaluation rows; None for a language model, which is asked for samples instead
+    run  with task, config.name
     """
-    if seen is not None:
-        answers = classes(seen, run.labels, lambda i: run.tokenizer.decode(run.evaluation[i]["input_ids"], skip_special_tokens=True))
-    else:
-        answers = {"samples": samples(trainer.model, run.tokenizer, run.evaluation)}
-    _write(folder / OBSERVED, answers)
+    _write(folder / OBSERVED, run.task.answers(trainer, run))
     rows = gate_rows(trainer, run.config.name)
     if rows:
         _write(folder / GATES, {"rows": rows})
@@ -104,7 +100,7 @@ def gate_rows(trainer: Any, name: str) -> list[dict[str, Any]]:
         return []
     rows = trainer.eval_dataset
     batches = trainer.get_eval_dataloader(Subset(rows, range(0, len(rows), -(-len(rows) // GATED_ROWS))))
-    return gates(trainer.model, ({k: v for k, v in batch.items() if k != "labels"} for batch in batches), name).rows
+    return gates(trainer.model, map(trainer.task.inputs, batches), name).rows
 
 
 def hardware() -> dict[str, str]:

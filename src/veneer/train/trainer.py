@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from ..attach import state_of
@@ -16,10 +17,13 @@ from ..training import advance, param_groups, penalty
 STATE = "training.safetensors"
 
 
-class AdapterTrainer(Trainer):
-    """Saves and restores `adapter_name` in place of the whole model; all else is Trainer's."""
+class AdapterRuns:
+    """For any Trainer: it saves and restores `adapter_name` in place of the whole model, trains with the learning rates
+    and the penalties that the plan's methods ask for, and takes the loss of `task` where that has one; all else is the
+    Trainer's."""
 
     adapter_name = "adapter"
+    task: Any = None
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's optimiser, with the learning rates that the plan's methods ask for."""
@@ -29,8 +33,12 @@ class AdapterTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Trainer's loss, and what the plan's methods add to it in training."""
-        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        """The loss, and what the plan's methods add to it in training."""
+        if self.task is not None and self.task.loss is not None:
+            loss, outputs = self.task.loss(model, inputs)
+            found = (loss, outputs) if return_outputs else loss
+        else:
+            found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
             return found
         more = penalty(self.model)  # type: ignore[arg-type]
@@ -51,6 +59,10 @@ class AdapterTrainer(Trainer):
             fill_from(self.model, self.adapter_name, best)
 
 
+class AdapterTrainer(AdapterRuns, Trainer):
+    """transformers' Trainer for adapters."""
+
+
 class Advance(TrainerCallback):
     """Tells the adapters of each optimiser step."""
 
@@ -58,19 +70,27 @@ class Advance(TrainerCallback):
         advance(model, min(state.global_step + 1, state.max_steps), state.max_steps)
 
 
+def tensors_in(model: Any, name: str) -> dict[str, Tensor]:
+    """The adapter's tensors as they are trained (nothing folded away), by name; the tensors themselves."""
+    return tensors_of(model, state_of(model).adapters[name], fold=False)
+
+
 def keep(model: Any, name: str, folder: str | Path) -> None:
-    """Write the adapter's tensors as they are trained (nothing folded away), to go on from."""
+    """Write the adapter's tensors as they are trained, to go on from."""
     from safetensors.torch import save as to_bytes
 
-    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors_of(model, state_of(model).adapters[name], fold=False).items()}
+    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors_in(model, name).items()}
     write_whole(Path(folder) / STATE, to_bytes(tensors, metadata={"format": "pt"}))
 
 
 def fill_from(model: Any, name: str, folder: str | Path) -> None:
     """Copy what `keep` wrote in `folder` into the attached adapter `name`. Raises: StoreError."""
-    where = str(Path(folder) / STATE)
-    tensors = read_tensors(Path(folder) / STATE)
-    own = tensors_of(model, state_of(model).adapters[name], fold=False)
+    fill_with(model, name, read_tensors(Path(folder) / STATE), str(Path(folder) / STATE))
+
+
+def fill_with(model: Any, name: str, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy `tensors` into the attached adapter `name`. Raises: StoreError where they do not fit, and changes nothing."""
+    own = tensors_in(model, name)
     for key in own.keys() | tensors.keys():
         if key not in own or key not in tensors or own[key].shape != tensors[key].shape:
             raise StoreError(f"{key!r} does not fit the plan", where=where, fix="The checkpoint is of another plan: choose another output folder")

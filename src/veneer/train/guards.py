@@ -1,0 +1,110 @@
+"""What ends a run early and loses nothing: a loss that is no number or leaps, Ctrl-C, a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..errors import StoreError, VeneerError
+from .trainer import fill_with, tensors_in
+
+SETTLED = 5  # logged losses before a leap can be told from a start
+
+
+class Guard(TrainerCallback):
+    """Stops where the logged loss is not finite, or more than `spike` times the highest logged before, and keeps the
+    adapter as it was at the last log before that (on the CPU; adapters are small).
+
+    spike  None: only what is not finite stops it
+
+    `reason` then says what happened, and `restore` brings the kept state back.
+    """
+
+    def __init__(self, name: str, spike: float | None) -> None:
+        self.name, self.spike = name, spike
+        self.losses: list[float] = []
+        self.good: dict[str, torch.Tensor] | None = None
+        self.step, self.reason = 0, ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.losses = [entry["loss"] for entry in state.log_history if math.isfinite(entry.get("loss", math.nan))]  # of a run that goes on
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None or self.reason:
+            return
+        highest = max((abs(v) for v in self.losses), default=math.inf)
+        if not math.isfinite(loss):
+            self.reason = f"the loss is {loss} at step {state.global_step}"
+        elif self.spike is not None and len(self.losses) >= SETTLED and abs(loss) > self.spike * highest:
+            self.reason = f"the loss leaps to {loss:.4g} at step {state.global_step}, {self.spike:g} times its highest before ({highest:.4g})"
+        else:
+            now = {k: v.detach().cpu().clone() for k, v in tensors_in(model, self.name).items()}
+            if all(bool(torch.isfinite(v).all()) for v in now.values() if v.is_floating_point()):
+                self.losses.append(loss)
+                self.good, self.step = now, state.global_step
+                return
+            self.reason = f"the adapter's numbers are not finite after step {state.global_step}"
+        control.should_training_stop = True
+        control.should_save = False
+
+    def restore(self, model: Any) -> None:
+        """Put the last good state back. Where there is none the adapter stays as it is."""
+        if self.good is not None:
+            fill_with(model, self.name, self.good, "the last good state")
+
+
+class Interrupt(TrainerCallback):
+    """The first Ctrl-C (or SIGTERM) lets the step end, saves a checkpoint and stops; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.hit = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.hit:
+            control.should_save = control.should_training_stop = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread is told of signals
+            return
+
+        def once(number: int, frame: Any) -> None:
+            if self.hit:
+                raise KeyboardInterrupt
+            self.hit = True
+
+        before = {s: signal.signal(s, once) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """What Trainer says when it cannot write becomes a StoreError that says what is kept."""
+    try:
+        yield
+    except VeneerError:
+        raise
+    except (OSError, RuntimeError) as e:
+        said = str(e)
+        if not (isinstance(e, OSError) and e.errno is not None or "PytorchStreamWriter" in said or "No space left" in said):
+            raise
+        reason = getattr(e, "strerror", None) or said.splitlines()[0]
+        raise StoreError(
+            f"a checkpoint cannot be written: {reason}",
+            where=str(folder),
+            fix="Make room; the last whole checkpoint is kept, and the same command goes on from it",
+        ) from e

@@ -1,0 +1,63 @@
+"""Every example's configuration really runs, and goes on after a break to the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from bases import EXAMPLES, example, make_bases, make_data
+from veneer.train.config import TaskName, make_config
+from veneer.train.run import read_run, run
+from veneer.train.tasks import TASKS, find_task
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    return make_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+class Break(TrainerCallback):
+    """As a kill does, right after a checkpoint is whole."""
+
+    def on_save(self, args, state, control, **kwargs):
+        raise ConnectionError("pulled")
+
+
+def weights(folder):
+    return load_file(next((folder / "adapter").glob("adapter-*.safetensors")))
+
+
+@pytest.mark.parametrize("name", [e.stem for e in EXAMPLES])
+def test_an_example_runs_and_goes_on_after_a_break(bases, data, tmp_path, name):
+    settings = example(name, bases, data, tmp_path / "whole", checkpoint_every=2)
+    result = run(make_config(settings), quiet=True)
+    found = read_run(tmp_path / "whole")
+    losses = [e["loss"] for e in found["result"]["log"] if "loss" in e]
+    task = find_task(make_config(settings).task)
+    assert losses and all(math.isfinite(v) for v in [*losses, *result.metrics.values()]) and task.best[0] in result.metrics
+    assert found["result"]["trainable"] == result.trainable > 0 and found["data"]["train"]["rows"] > 8
+    cut = make_config(settings | {"output": str(tmp_path / "cut")})
+    with pytest.raises(ConnectionError):
+        run(cut, quiet=True, callbacks=[Break()])
+    assert read_run(tmp_path / "cut")["result"] is None
+    again = run(cut, quiet=True)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert again.metrics == result.metrics
+
+
+def test_every_task_has_an_example_and_a_name_in_the_configuration():
+    import yaml
+
+    used = {yaml.safe_load(e.read_text()).get("task", "text-classification") for e in EXAMPLES}
+    assert used == set(TASKS) == set(TaskName.__args__)
+    assert all(find_task(name).name == name for name in TASKS)
