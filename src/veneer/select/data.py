@@ -158,13 +158,13 @@ def _is_table(data: Any) -> bool:
 def _tokenised(table: Any, tokenizer: Any, names: list[str], model: nn.Module) -> list[dict[str, Any]]:
     if tokenizer is None:
         raise DataError("texts need a tokenizer", where=table.source, fix="vn.select(model, data, tokenizer=…)")
-    from ..train.run import encode
+    from ..train.tasks.classify import encode_texts
 
     extra = sorted(set(table.names) - set(names))
     if extra:
         raise DataError(f"labels that training never sees: {', '.join(extra)}", where=table.source, fix="Take those rows out, or add examples of them")
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or tokenizer.model_max_length
-    return list(encode(table, tokenizer, names, min(limit, tokenizer.model_max_length, 512)))
+    return list(encode_texts(table, tokenizer, names, min(limit, tokenizer.model_max_length, 512)))
 
 
 def _check(data: Any, what: str) -> None:

@@ -124,6 +124,16 @@ class Regression(_OfText):
         return {"mae": float(np.abs(guess - truth).mean()), "pearson": _correlation(guess, truth), "spearman": _correlation(*ranks)}
 
 
+def encode_texts(rows: Table, tokenizer: Any, labels: list[str], longest: int) -> Any:
+    """A dataset of input_ids, attention_mask and, where there are `labels`, each text's class, cut to `longest` tokens."""
+    from datasets import Dataset
+
+    data: dict[str, Any] = dict(tokenizer(rows.texts, truncation=True, max_length=longest, return_token_type_ids=False))
+    if labels:
+        data["labels"] = [labels.index(name) for name in rows.labels or ()]
+    return Dataset.from_dict(data)
+
+
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a - a.mean(), b - b.mean()
     scale = math.sqrt(float((a * a).sum() * (b * b).sum()))
