@@ -11,6 +11,18 @@ import veneer as vn
 REPRESENTATIVE = ("bert", "llama", "gpt2", "t5", "vit")
 
 CATALOGUE = {
+    # low-rank
+    "lora-options": lambda: vn.LoRA(4, at="linear", rank_stabilized=True, b_rate=16.0, freeze_a=True, ranks={"attn.q": 2}, alphas={"ffn": 3.0}),
+    "lora-orthogonal": lambda: vn.LoRA(4, init="orthogonal"),
+    "lora-pissa": lambda: vn.LoRA(2, at="all", init="pissa"),
+    "lora-olora": lambda: vn.LoRA(4, at="linear", init="olora"),
+    "lora-mica": lambda: vn.LoRA(4, at="linear", init="mica"),
+    "lora-eva": lambda: vn.LoRA(4, at="linear", init="eva"),
+    "lora-ga": lambda: vn.LoRA(2, at="linear", init="lora-ga"),
+    "loftq": lambda: vn.LoftQ(4, at="linear"),
+    "dora": lambda: vn.DoRA(2, at="all"),
+    "dora-pissa": lambda: vn.DoRA(2, at="linear", init="pissa"),
+    "gated-dora": lambda: vn.gated(vn.DoRA(2, at="linear")),
     "last-layer": lambda: vn.Full(at="ffn.*@-1:"),
     "loha": lambda: vn.LoHa(2, alpha=3, at="all"),
     "lokr": lambda: vn.LoKr(2, alpha=3, at="all"),

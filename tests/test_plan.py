@@ -137,7 +137,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"method": "LoRA"}, "no method 'LoRA'", "lora"),
     ({"method": None}, "no method None", "lora"),
     ({"method": {}}, "no method", "lora"),
-    ({"method": "lora", "rnk": 3}, "lora has no option 'rnk'", "Did you mean 'r'|Known here: 'r'"),
+    ({"method": "lora", "rnk": 3}, "lora has no option 'rnk'", "Did you mean.*'r'"),
     ({"method": "lora", "dropuot": 3}, "no option 'dropuot'", "Did you mean 'dropout'"),
     ({"method": "lora", 3: 3}, "no option 3", "Known here"),
     ({"method": "lora", "r": 0}, "LoRA: r must be a whole number", "not 0"),

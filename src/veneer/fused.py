@@ -29,7 +29,7 @@ def fusible(host: Host, r: Recipe) -> Part | None:
     part = first[0]
     if part.site.port != "weight" or part.site.kind != "linear" or part.site.slice is not None or part.gate is not None:
         return None
-    return part if host.original is nn.Linear and hasattr(part, "factors") else None
+    return part if host.original is nn.Linear and getattr(part, "factors", None) is not None else None
 
 
 class Member:

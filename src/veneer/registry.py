@@ -2,6 +2,8 @@
 
 METHODS = {
     "LoRA": "lora",
+    "DoRA": "dora",
+    "LoftQ": "loftq",
     "IA3": "ia3",
     "BitFit": "bitfit",
     "Bottleneck": "bottleneck",

@@ -1,17 +1,21 @@
-"""LoRA: h' = W x + (alpha / r) · B A x."""
+"""LoRA: h' = W x + s · B A x."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..plan import finite, short
 from ..sites import Site
 from .base import Build, Method
-from .parts import MapPart, Part, like
+from .lowrank import LowRankPart, check_rank
+from .parts import Part, like, module_at
+from .starts import STARTS, Start
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,26 @@ class LoRA(Method):
     alpha     numerator of the scale; 2 r by default, so s = 2 (UniPELT's 16 for r = 8). Under a gate s = 1: the gate
               takes its place (Mao et al. 2022)
     dropout   on x before A, while training; 0 by default
-    init      'kaiming': A ~ U(-1/sqrt(in), 1/sqrt(in)), as the paper's code; 'gaussian': A ~ N(0, 1/r²). B is zero,
-              so the start is the base exactly.
+    init      what A and B start with; the output is the base's in each case:
+              'kaiming'    A ~ U(-1/sqrt(in), 1/sqrt(in)), as the paper's code; B = 0
+              'gaussian'   A ~ N(0, 1/r²); B = 0
+              'orthogonal' A and B Gaussians over orthogonal rows, so that B A = 0 (r even)
+              'pissa'      W's r leading singular triplets (Meng et al. 2024, arXiv 2404.02948)
+              'olora'      the QR factors of W (Büyükakyüz 2024, arXiv 2406.01775)
+              'mica'       B = W's minor left singular vectors, frozen; A = 0 (arXiv 2604.01694)
+              'eva'        A = leading right singular vectors of the map's inputs, of uncentred data; B = 0. Ranks are dealt
+                           out anew by explained variance (Paischer et al. 2024, arXiv 2410.07170). Needs data.
+              'lora-ga'    singular vectors of the loss's gradient (Wang et al. 2024, arXiv 2407.05000). Needs data.
+    rank_stabilized  s = alpha / sqrt(r), alpha 16 by default (Kalajdzievski 2023, arXiv 2312.03732)
+    b_rate    B's learning rate as a multiple of the run's; 1. LoRA+ uses 16 (Hayou et al. 2024, arXiv 2402.12354)
+    freeze_a  A stays as it starts, and half of the optimiser's state with it: LoRA-FA (Zhang et al. 2023, arXiv 2308.03303)
+    ranks     patterns of sites -> r, where it is not the same everywhere: {'ffn.*': 4}; the first that matches counts
+    alphas    the same for alpha
+    rho       'eva': no map's rank grows over rho · r; 2 as in the paper. 1: no dealing out
+    niter     'pissa', 'lora-ga': iterations of a randomised SVD; None (default) is the exact one, 16 PiSSA's fast one
 
-    Parameters: r (in + out) for each map. Raises: PlanError for a rank below 1 or above the matrix's.
+    Parameters: r (in + out) for each map; a shifted start ('pissa', 'olora', 'lora-ga') saves its frozen copy as well.
+    Raises: PlanError for a rank below 1 or above the matrix's, or a start without the data it needs.
     """
 
     name = "lora"
@@ -38,67 +58,113 @@ class LoRA(Method):
     paper = "arXiv 2106.09685"
     mergeable = True
     default_at = "attn.{q,v}"
+    starts: ClassVar[dict[str, Start]] = STARTS
 
     r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
     init: str = "kaiming"
     at: str | None = None
+    rank_stabilized: bool = False
+    b_rate: float = 1.0
+    freeze_a: bool = False
+    ranks: dict[str, int] | None = field(default=None, hash=False)
+    alphas: dict[str, float] | None = field(default=None, hash=False)
+    rho: float = 2.0
+    niter: int | None = None
 
     def __post_init__(self) -> None:
         self._positive(r=self.r)
         self._share(dropout=self.dropout)
-        self._one_of(("kaiming", "gaussian"), init=self.init)
+        self._one_of(self.starts, init=self.init)
         self._pattern()
-        if self.alpha is not None:
-            self._finite(alpha=self.alpha)
+        self._bool(rank_stabilized=self.rank_stabilized, freeze_a=self.freeze_a)
+        self._finite(b_rate=self.b_rate, rho=self.rho, **({} if self.alpha is None else {"alpha": self.alpha}))
+        if self.b_rate <= 0 or self.rho < 1:
+            raise self._fail(f"b_rate must be positive and rho at least 1, not {self.b_rate!r} and {self.rho!r}")
+        if self.niter is not None:
+            self._positive(niter=self.niter)
+        for key, good in (("ranks", lambda v: isinstance(v, int) and finite(v) and v > 0), ("alphas", finite)):
+            table = getattr(self, key)
+            if table is None:
+                continue
+            if not isinstance(table, dict) or not table or not all(isinstance(k, str) and good(v) for k, v in table.items()):
+                raise self._fail(f"{key} is {short(table)}", f"Give patterns and numbers: {key}={{'ffn.*': 4}}")
+            object.__setattr__(self, key, dict(table))  # a copy: plans do not change
+        if self.freeze_a and "B" in self.starts[self.init].frozen:
+            raise self._fail(f"init={self.init!r} freezes B and freeze_a A: nothing is left to train")
+        object.__setattr__(self, "needs_data", self.starts[self.init].data)
 
     def ungated(self) -> Method:
-        return replace(self, alpha=self.r)
+        return replace(self, alpha=self.r, alphas=self.ranks, rank_stabilized=False)
+
+    def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
+        ranks, alphas = ({s: v for at, v in reversed((table or {}).items()) for s in sites(at, "weight", "")} for table in (self.ranks, self.alphas))
+        made = []
+        for site in sites(self.at, "weight", self.default_at):
+            build.module = module_at(build.model, site.path)
+            one = replace(self, r=ranks.get(site, self.r), alpha=alphas.get(site, self.alpha), ranks=None, alphas=None)
+            made.append((site, one.part(site, build)))
+        if not build.blank:
+            with torch.no_grad():
+                self.starts[self.init].fill([p for _, p in made if isinstance(p, LoRAPart)], self, build)
+        yield from made
 
     def part(self, site: Site, build: Build) -> Part:
-        full = min(site.out, site.inp)
-        if self.r > full:
-            raise PlanError(
-                f"LoRA: rank {self.r} is over the rank {full} of the {site.out} x {site.inp} matrix",
-                where=site.path,
-                fix=f"Use r={full} or less",
-            )
-        alpha = 2 * self.r if self.alpha is None else self.alpha
-        return LoRAPart(site, build, self, 1.0 if build.gated else alpha / self.r)
+        return LoRAPart(site, build, self)
+
+    def scale(self, build: Build) -> float:
+        """s for a site of this rank."""
+        if build.gated:
+            return 1.0
+        alpha = self.alpha if self.alpha is not None else 16 if self.rank_stabilized else 2 * self.r
+        return alpha / (math.sqrt(self.r) if self.rank_stabilized else self.r)
 
 
-class LoRAPart(MapPart):
-    def __init__(self, site: Site, build: Build, m: LoRA, scale: float) -> None:
+class LoRAPart(LowRankPart):
+    def __init__(self, site: Site, build: Build, m: LoRA) -> None:
         super().__init__(site, build)
-        lead = (site.experts,) if site.experts else ()
-        self.A = nn.Parameter(torch.empty(*lead, m.r, site.inp, **like(build, site)))
-        self.B = nn.Parameter(torch.zeros(*lead, site.out, m.r, **like(build, site)))
-        if m.init == "gaussian":
-            nn.init.normal_(self.A, std=1 / m.r)
-        else:
-            nn.init.uniform_(self.A, -1 / math.sqrt(site.inp), 1 / math.sqrt(site.inp))
-        self.scale, self.dropout = scale, m.dropout
+        check_rank(type(m).__name__, m.r, site)
+        start = m.starts[m.init]
+        self.scale, self.dropout = m.scale(build), m.dropout
+        if m.b_rate != 1:
+            self.rates = {"B": m.b_rate}  # type: ignore[misc]
+        self.__dict__["still"] = {*start.frozen, *(("A",) if m.freeze_a else ())}
+        self.shifted, self.elastic = start.shifted, start.ranks
+        self.__dict__["new"] = like(build, site)
+        self.hold(m.r)
 
-    def entry(self, x: Tensor) -> Tensor:
-        """What A is applied to."""
-        if self.dropout and self.training and x.is_floating_point():
-            return nn.functional.dropout(x, self.dropout)
-        return x
+    def hold(self, r: int) -> None:
+        """Make room for rank r: zeros."""
+        lead = (self.site.experts,) if self.site.experts else ()
+        for name, shape in (("A", (*lead, r, self.site.inp)), ("B", (*lead, self.site.out, r))):
+            self._parameters.pop(name, None)
+            zeros = torch.zeros(shape, **self.new)
+            if name in self.still:
+                self.frozen(name, zeros)
+            else:
+                self.register_parameter(name, nn.Parameter(zeros))
+            if self.shifted:
+                self.frozen(f"{name}0", torch.zeros(shape, **self.new))
 
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
-        """A, B and s of the deviation s · B A entry(x), in x's dtype."""
-        return self.cast(self.A, x), self.cast(self.B, x), self.scale
+    def begin(self, a: Tensor, b: Tensor) -> None:
+        """Start from these factors."""
+        for name, value in (("A", a), ("B", b)):
+            getattr(self, name).copy_(value)
+            if self.shifted:
+                getattr(self, f"{name}0").copy_(value)
 
-    def deviation(self, x: Tensor, h: Tensor) -> Tensor:
-        x = self.entry(x)
-        z = self.map.down(x, self.cast(self.A, h))
-        return self.map.up(z * self.scale if self.scale != 1 else z, self.cast(self.B, h))
+    def unfold(self, saved: dict[str, Any]) -> None:
+        """Take the rank of the file, where ranks were dealt out by data."""
+        a = saved.get("A")
+        if self.elastic and a is not None and a.dim() >= 2 and 1 <= a.shape[-2] <= min(self.site.out, self.site.inp):
+            self.hold(a.shape[-2])
 
-    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.scale * (self.B.to(w.dtype) @ self.A.to(w.dtype)), None
+    def pair(self) -> tuple[Tensor, Tensor]:
+        if not self.shifted:
+            return self.A, self.B
+        # in one product, so that what cancels does so in the accumulator and not between two rounded results
+        return torch.cat([self.A, self.A0], -2), torch.cat([self.B, -self.B0], -1)
 
     def scale_by(self, c: float) -> bool:
-        with torch.no_grad():
-            self.B.mul_(c)
-        return True
+        return self._scaled(c, "B", *(("B0",) if self.shifted else ()))

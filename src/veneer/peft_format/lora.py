@@ -160,14 +160,15 @@ def write(model: Any, parts: list[Any]) -> tuple[dict[str, Any], dict[str, Tenso
 
 def _joined(members: list[Any]) -> tuple[Tensor, Tensor, float]:
     """A, B and alpha of the one LoRA over the whole map that equals `members` together."""
-    first = members[0]
     slices = [p.site.slice for p in members]
-    same = len(members) == 1 or all(torch.equal(p.A, first.A) and p.scale == first.scale for p in members)
+    pairs = [[t.detach() for t in p.pair()] for p in members]
+    (down, _), scale = pairs[0], members[0].scale
+    same = len(members) == 1 or all(torch.equal(a, down) and p.scale == scale for p, (a, _) in zip(members, pairs, strict=True))
     if same and len(set(slices)) == len(members):  # one LoRA, or what a whole fused map was read into
-        b = sum((place(p.B.detach(), p.site.slice, -2) for p in members[1:]), place(first.B.detach(), slices[0], -2))
-        return first.A.detach(), b, first.scale * first.A.shape[-2]
-    a = torch.cat([p.A.detach() for p in members], -2)
-    b = torch.cat([place(p.B.detach() * p.scale, p.site.slice, -2) for p in members], -1)
+        ups = [place(b, s, -2) for (_, b), s in zip(pairs, slices, strict=True)]
+        return down, sum(ups[1:], ups[0]), scale * down.shape[-2]
+    a = torch.cat([a for a, _ in pairs], -2)
+    b = torch.cat([place(b * p.scale, p.site.slice, -2) for p, (_, b) in zip(members, pairs, strict=True)], -1)
     return a, b, float(a.shape[-2])
 
 

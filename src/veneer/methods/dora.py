@@ -1,0 +1,91 @@
+"""DoRA: LoRA on the directions of W's rows, and a learnt length for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.maps import take
+from ..ops.weights import plain
+from ..sites import Site
+from .base import Build, Method
+from .lora import LoRA, LoRAPart
+from .parts import Part
+from .starts import wide
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """Weight-decomposed low-rank adaptation (Liu et al., ICML 2024, arXiv 2402.09353).
+
+        y = g ⊙ ((W + s B A) x) + b,   g = m / ‖W + s B A‖ for each output row,   m = ‖W‖ at the start
+
+    The norm is treated as a constant in the backward pass (the paper's section 4.3). It never needs W + s B A:
+    ‖W + s B A‖² = ‖W‖² + 2 s (W Aᵀ)·B + s² (B A Aᵀ)·B row by row, where ‖W‖² is computed once, so a step costs one product
+    of W with r vectors. Rows are outputs everywhere: a convolution's channels, an embedding's dimensions, each expert's.
+    Dropout acts on the low-rank term alone.
+
+    All of LoRA's options hold, its starts and rank patterns too; the paper halves LoRA's rank and keeps its alpha. Its
+    deviation is not linear in its parameters, so a gate's constant cannot be folded into them; it merges all the same.
+
+    Parameters: r (in + out) + out for each map. Raises: as LoRA.
+    """
+
+    name = "dora"
+    paper = "arXiv 2402.09353"
+
+    def ungated(self) -> Method:
+        return self
+
+    def scale(self, build: Build) -> float:
+        return super().scale(Build(build.model))  # a gate scales the whole deviation here, not s
+
+    def part(self, site: Site, build: Build) -> Part:
+        return DoRAPart(site, build, self)
+
+
+class DoRAPart(LoRAPart):
+    factors = None  # type: ignore[assignment]  # its deviation reads the map's own output, too
+
+    def __init__(self, site: Site, build: Build, m: DoRA) -> None:
+        super().__init__(site, build, m)
+        p = self.module._parameters.get(site.tensor or "weight")
+        self.packed = not (p is not None and p.is_floating_point() and plain(p, site))
+        square = wide(self.weight()).square().sum(-1)
+        self.register_buffer("square", square, persistent=False)  # ‖W‖², a function of the base
+        self.m = nn.Parameter(square.sqrt().to(**self.new))
+
+    def growth(self, a: Tensor, b: Tensor) -> Tensor:
+        """g, in fp32 at least."""
+        with torch.no_grad():
+            a, b = wide(a), wide(b)
+            w = self.weight() if self.packed else self.map.canonical(self.module._parameters[self.site.tensor or "weight"].detach())
+            cross = ((w @ a.mT.to(w.dtype)).to(b.dtype) * b).sum(-1)
+            own = ((b @ (a @ a.mT)) * b).sum(-1)
+            norm = (self.square.to(b.dtype) + 2 * self.scale * cross + self.scale**2 * own).clamp(min=1e-30).sqrt()
+        return self.m.to(norm.dtype) / norm
+
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return take(bias.detach(), self.site.slice) if isinstance(bias, Tensor) else None
+
+    def deviation(self, x: Tensor, h: Tensor) -> Tensor:
+        a, b = self.pair()
+        g = self.growth(a, b)
+        z = self.map.down(self.entry(x), self.cast(a, h))
+        low = self.map.up(z, self.cast(g.unsqueeze(-1) * self.scale * b, h))  # g scales B's rows rather than every token
+        bias = self.bias()
+        h = h if bias is None else h - self.map.features(bias, h).to(h.dtype)
+        return self.map.features(self.cast(g - 1, h), h) * h + low
+
+    def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        down, up = self.pair()
+        g = self.growth(down, up).unsqueeze(-1).to(w.dtype)
+        dw = (g - 1) * w + g * self.scale * (up.to(w.dtype) @ down.to(w.dtype))
+        bias = self.bias()
+        return dw, None if b is None or bias is None else (g.squeeze(-1) - 1) * (b - bias.to(b.dtype))
+
+    def scale_by(self, c: float) -> bool:
+        return c == 1.0
