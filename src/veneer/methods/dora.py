@@ -47,6 +47,7 @@ class DoRA(LoRA):
 
 
 class DoRAPart(LoRAPart):
+    square: Tensor
     factors = None  # type: ignore[assignment]  # its deviation reads the map's own output, too
 
     def __init__(self, site: Site, build: Build, m: DoRA) -> None:

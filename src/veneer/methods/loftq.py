@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..errors import CapabilityError
@@ -63,6 +62,7 @@ class LoftQ(LoRA):
 
 
 class LoftQPart(LoRAPart):
+    shift: Tensor | None
     factors = None  # type: ignore[assignment]  # its deviation is not low-rank alone
 
     def __init__(self, site: Site, build: Build, m: LoftQ) -> None:

@@ -122,6 +122,13 @@ class LoRA(Method):
 
 
 class LoRAPart(LowRankPart):
+    A: Tensor
+    B: Tensor
+    A0: Tensor
+    B0: Tensor
+    still: set[str]  # of A and B, what is never trained
+    new: dict[str, Any]
+
     def __init__(self, site: Site, build: Build, m: LoRA) -> None:
         super().__init__(site, build)
         check_rank(type(m).__name__, m.r, site)

@@ -99,7 +99,7 @@ def eva(parts: list[LoRAPart], m: LoRA, build: Build) -> None:
     """A = the leading right singular vectors of the map's inputs; the ranks go where these explain most."""
     for p in parts:
         if p.site.kind not in ("linear", "transposed"):
-            raise PlanError(f"LoRA: init='eva' looks at a map's input vectors, and this is of the kind {p.site.kind}", where=p.site.path, fix="Leave it out of `at`")
+            raise PlanError(f"LoRA: init='eva' looks at input vectors, and {p.site.kind} maps have none", where=p.site.path, fix="Leave it out of `at`")
     ranks = [p.A.shape[-2] for p in parts]
     most = [min(round(r * m.rho), p.site.inp, p.site.out) for r, p in zip(ranks, parts, strict=True)]
     seen = build.data("LoRA(init='eva')").directions([p.site for p in parts], max(most))
