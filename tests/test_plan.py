@@ -20,6 +20,8 @@ from veneer.presets import _presets
 A, B, C = vn.LoRA(4), vn.IA3(), vn.Bottleneck(8)
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lora": [{}, {"r": 3, "alpha": 5.5, "dropout": 0.25, "init": "gaussian", "at": "linear,!ffn.*@{0,2}"}, {"alpha": 7}],
+    "dora": [{}, {"r": 2, "init": "pissa", "ranks": {"attn.q": 3}, "alphas": {"ffn": 1.5}, "rank_stabilized": True, "b_rate": 4.0, "at": "linear"}],
+    "loftq": [{}, {"r": 2, "quantiser": "int4", "freeze_a": True, "niter": 8}],
     "ia3": [{}, {"at": "attn.{q,k}", "on": "input"}, {"on": "output"}],
     "bitfit": [{}, {"at": "norm"}],
     "bottleneck": [{"size": 4}, {"reduction": 2.5, "parallel": True, "activation": "gelu", "scale": "learnt", "norm": True, "dropout": 0.1, "at": "attn,ffn"}],
