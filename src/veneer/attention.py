@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import CapabilityError
 from .host import Host
-from .routing import folds, gate_of
+from .routing import cut, folds, gate_of
 
 if TYPE_CHECKING:
     from .methods.parts import KVPart
@@ -68,11 +68,44 @@ def _apart(host: Host, part: KVPart, q: Tensor, k: Tensor, total: Tensor, scale:
 
 def _inside(host: Host, parts: list[KVPart], q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, attend: Attend, time: int) -> Any:
     """Attention with prefixes before its own keys and values."""
-    frame = host.state.frame
-    routing = frame.routing
     xs = [_take_x(p) for p in parts]
     if host.batch_dim == 1:
         xs = [x if x is None else x.transpose(0, 1) for x in xs]
+    return _blend(host, parts, xs, q, k, v, mask, bias, attend, time)
+
+
+def _in_runs(host: Host, runs: Any, parts: list[KVPart], xs: list[Any], args: Any, attend: Attend, time: int) -> Any:
+    """`_blend` in each run of rows by itself, joined again."""
+    frame, n = host.state.frame, args[0].shape[0]
+    cuts = [cut(t, runs, frame.routing.size, n, 0) for t in args]
+    inputs = [cut(x, runs, frame.routing.size, n, 0) for x in xs]
+    outs = []
+    try:
+        for i, run in enumerate(runs):
+            own = [j for j, p in enumerate(parts) if p.adapter in run.names]
+            host.state.frame = frame.routing.frame(frame, run)
+            piece = [c[i] for c in cuts]
+            outs.append(_blend(host, [parts[j] for j in own], [inputs[j][i] for j in own], *piece, attend, time) if own else attend(*piece))
+    finally:
+        host.state.frame = frame
+    if not isinstance(outs[0], tuple):
+        return torch.cat(outs)
+    rest = [o[1] for o in outs]
+    return torch.cat([o[0] for o in outs]), torch.cat(rest) if all(isinstance(r, Tensor) for r in rest) else None
+
+
+def _blend(host: Host, parts: list[KVPart], xs: list[Any], q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, attend: Attend, time: int) -> Any:
+    frame = host.state.frame
+    routing = frame.routing
+    if routing is not None:
+        runs = routing.runs(p.adapter for p in parts) if q.shape[0] % routing.size == 0 else None
+        if runs is not None and len(runs) > 1:
+            return _in_runs(host, runs, parts, xs, (q, k, v, mask, bias), attend, time)
+        if runs is not None:  # all rows use the same
+            here = [j for j, p in enumerate(parts) if p.adapter in runs[0].names]
+            parts, xs, routing = [parts[j] for j in here], [xs[j] for j in here], None
+    if not parts:
+        return attend(q, k, v, mask, bias)
     simple = len(parts) == 1 and routing is None and (parts[0].gate is None or parts[0].published)
     if simple:
         pk, pv = _pair(parts[0], k, None if parts[0].gate is None else gate_of(parts[0], xs[0], frame, frame.mask, 0, folds(q.shape[0], frame)))

@@ -162,33 +162,43 @@ def prompts(host: Host, parts: list[EmbedPart], x: Tensor) -> tuple[Tensor, Tens
 
     Rows with shorter prompts have theirs at the end, next to the sequence, so that distances are as without the others.
     """
-    frame = host.state.frame
-    batch = x.shape[0]
-    pieces = []
-    for part in parts:
-        p = part.prompt().to(x.dtype)[None].expand(batch, -1, -1)
-        if part.gate is not None:
-            from .routing import gate_of
-
-            g = gate_of(part, x, replace(frame, memo=None), frame.mask)
-            if g.dim() == 2:
-                g = g[:, -1]
-            p = p * (g if g.dim() == 0 else g[:, None, None])
-        pieces.append(p)
+    frame, batch = host.state.frame, x.shape[0]
     routing = frame.routing
     if routing is None:
-        joined = torch.cat(pieces, 1)
+        joined = torch.cat([_prompt(part, x, frame, frame.mask) for part in parts], 1)
         return joined, torch.ones(joined.shape[:2], dtype=torch.bool, device=x.device)
     each = batch // routing.size
     if batch % routing.size:
         routing.rows(parts[0].adapter, batch, x.device)  # says what is wrong
-    rows = []
+    own = {p.adapter for p in parts}
+    groups: dict[frozenset[str], list[int]] = {}
     for i in range(batch):
-        mine = [p[i] for part, p in zip(parts, pieces, strict=True) if part.adapter in routing.by_row[i // each]]
-        rows.append(torch.cat(mine) if mine else x.new_zeros(0, x.shape[2]))
-    n = max(r.shape[0] for r in rows)
-    real = torch.tensor([[j >= n - r.shape[0] for j in range(n)] for r in rows], device=x.device).reshape(batch, n)
-    return torch.stack([F.pad(r, (0, 0, n - r.shape[0], 0)) for r in rows]), real
+        groups.setdefault(frozenset(own.intersection(routing.by_row[i // each])), []).append(i)
+    made, lengths = [], []
+    for names, mine in groups.items():
+        at = torch.tensor(mine, device=x.device)
+        mask = frame.mask if frame.mask is None or frame.mask.shape[0] != batch else frame.mask.index_select(0, at)
+        pieces = [_prompt(p, x.index_select(0, at), frame, mask) for p in parts if p.adapter in names]
+        made.append(torch.cat(pieces, 1) if pieces else x.new_zeros(len(mine), 0, x.shape[2]))
+        lengths.append(made[-1].shape[1])
+    n = max(lengths)
+    order = torch.tensor([i for mine in groups.values() for i in mine], device=x.device).argsort()
+    count = torch.tensor([m for m, mine in zip(lengths, groups.values(), strict=True) for _ in mine], device=x.device)[order]
+    real = torch.arange(n, device=x.device) >= n - count[:, None]
+    return torch.cat([F.pad(m, (0, 0, n - m.shape[1], 0)) for m in made]).index_select(0, order), real
+
+
+def _prompt(part: EmbedPart, x: Tensor, frame: Any, mask: Tensor | None) -> Tensor:
+    """The prompt of `part` for each row of x (B, T, d), as (B, n, d), scaled by its gate."""
+    p = part.prompt().to(x.dtype)[None].expand(x.shape[0], -1, -1)
+    if part.gate is None:
+        return p
+    from .routing import gate_of
+
+    g = gate_of(part, x, replace(frame, memo=None), mask)
+    if g.dim() == 2:
+        g = g[:, -1]
+    return p * (g if g.dim() == 0 else g[:, None, None])
 
 
 def _embedded(host: Host, site: Any, call: dict[str, Any]) -> Tensor | None:

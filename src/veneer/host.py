@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .compose.gate import shape_like
 from .errors import AdapterError
 from .ops.maps import place, take
-from .routing import Frame, folds, gate_of, select_rows, shared_by_rows, widen_rows, with_own_caches
+from .routing import Frame, Run, cut, folds, gate_of, select_rows, shared_by_rows, widen_rows, with_own_caches
 
 if TYPE_CHECKING:
     from .methods.parts import Part
@@ -203,6 +204,9 @@ class Host:
         return y
 
     def _inward(self, parts: list[Part], x: Tensor, frame: Frame) -> Tensor:
+        runs = self._runs(parts, x, frame)
+        if runs is not None:
+            return self._joined(runs, parts, [], x, frame, lambda own, _, piece, f: self._inward(own, piece, f))
         total, seen, stage = x, x, 0
         for part in sorted(parts, key=lambda p: p.stage):
             if part.stage != stage:
@@ -211,19 +215,23 @@ class Host:
         return total
 
     def _outward(self, parts: list[Part], x: Tensor, y: Tensor, frame: Frame) -> Tensor:
-        total, joint = y, {}
+        xs = []
         for part in parts:
+            xs.append(x if part.cell is None else y if part.cell.x is None else part.cell.x)
             if part.cell is not None:
-                xin = part.cell.x
-                if xin is None:
-                    xin = y
                 part.cell.x = None
-            else:
-                xin = x
+        runs = self._runs(parts, y, frame)
+        if runs is not None:
+            return self._joined(runs, parts, xs, y, frame, self._summed)
+        return self._summed(parts, xs, y, frame)
+
+    def _summed(self, parts: list[Part], xs: list[Tensor], y: Tensor, frame: Frame) -> Tensor:
+        total, joint = y, {}
+        for part, x in zip(parts, xs, strict=True):
             if part.gate is not None and part.gate.joint is not None:
-                joint.setdefault((part.adapter, part.gate.joint), []).append((part, xin))
+                joint.setdefault((part.adapter, part.gate.joint), []).append((part, x))
                 continue
-            total = self._add(total, part, part.deviation, xin, y, frame, part.site.slice if part.site.port == "weight" else None)
+            total = self._add(total, part, part.deviation, x, y, frame, part.site.slice if part.site.port == "weight" else None)
         for (_, attend), members in joint.items():
             first, xin = members[0]
 
@@ -232,6 +240,27 @@ class Host:
 
             total = self._add(total, first, rule, xin, y, frame, first.site.slice if first.site.port == "weight" else None)
         return total
+
+    def _runs(self, parts: list[Part], y: Tensor, frame: Frame) -> tuple[Run, ...] | None:
+        """The runs of rows to which `parts` make a difference, where y can be cut in them: more than one."""
+        routing = frame.routing
+        if routing is None or y.dim() <= self.batch_dim or y.shape[self.batch_dim] % routing.size:
+            return None
+        runs = routing.runs(p.adapter for p in parts)
+        return runs if runs is not None and len(runs) > 1 else None
+
+    def _joined(self, runs: tuple[Run, ...], parts: list[Part], xs: list[Tensor], y: Tensor, frame: Frame, rule: Callable[..., Tensor]) -> Tensor:
+        """rule(parts, xs, y, frame) in each run of rows that has parts, joined again."""
+        dim, n, routing = self.batch_dim, y.shape[self.batch_dim], frame.routing
+        assert routing is not None
+        pieces: dict[int, list[Tensor]] = {id(t): cut(t, runs, routing.size, n, dim) for t in xs}
+        out = list(cut(y, runs, routing.size, n, dim))
+        for i, run in enumerate(runs):
+            own = [j for j, p in enumerate(parts) if p.adapter in run.names]
+            if own:
+                x = [pieces[id(xs[j])][i] for j in own] if xs else []
+                out[i] = rule([parts[j] for j in own], x, out[i], routing.frame(frame, run))
+        return torch.cat(out, dim)
 
     def _add(self, total: Tensor, part: Part, rule: Callable[..., Tensor], x: Tensor, y: Tensor, frame: Frame, s: Any) -> Tensor:
         """total + g · rule(x, y), in the rows that use the part and in the features of the slice."""
@@ -324,6 +353,11 @@ class Host:
         groups: dict[Any, list[Part]] = {}
         for part in parts:  # what does not vary within an adapter's rows goes through the module together
             groups.setdefault((part.adapter, id(part) if _needs_call(part) else 0), []).append(part)
+        runs = self._runs(parts, x, frame)
+        if runs is not None and not frame.cached and not kwargs and all(a is x for a in args) and not any(map(_needs_call, parts)):
+            y = self._tensors_in_runs(runs, parts, x, forward, frame)
+            if y is not None:
+                return y
         changed = []
         for (adapter, varies), members in groups.items():
             rows = self._rows(members[0], n, x.device, frame)
@@ -368,6 +402,22 @@ class Host:
                 d = d * g
             total = total + d if rows is None else total.index_add(dim, rows, d.to(total.dtype))
         return total if isinstance(y, Tensor) else type(y)((total, *y[1:]))
+
+    def _tensors_in_runs(self, runs: tuple[Run, ...], parts: list[Part], x: Tensor, forward: Callable[..., Any], frame: Frame) -> Tensor | None:
+        """f(x; p') run by run, joined; None where f does not give one tensor."""
+        routing, dim, n = frame.routing, self.batch_dim, x.shape[self.batch_dim]
+        assert routing is not None
+        out = []
+        try:
+            for run, piece in zip(runs, cut(x, runs, routing.size, n, dim), strict=True):
+                self.state.frame = routing.frame(frame, run)
+                y = self._with_now([p for p in parts if p.adapter in run.names], forward, (piece,), {})
+                if not isinstance(y, Tensor) or y.dim() <= dim or y.shape[dim] != piece.shape[dim]:
+                    return None
+                out.append(y)
+        finally:
+            self.state.frame = frame
+        return torch.cat(out, dim)
 
     def _rows(self, part: Part, n: int, device: Any, frame: Frame) -> Tensor | None:
         """The rows of a batch of n that use the part; None for all. Raises: CapabilityError where rows share a state."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Routing:
         self.names = tuple(dict.fromkeys(n for row in self.by_row for n in row))
         self._rows: dict[tuple[str, int, Any], Tensor | None] = {}
         self._of: dict[str, Routing] = {}
+        self._runs: dict[frozenset[str], tuple[Run, ...] | None] = {}
+        self._frames: dict[tuple[int, int, int], tuple[Frame, Frame]] = {}
 
     def of(self, name: str) -> Routing:
         """The routing of the rows that use `name`, when they are run by themselves."""
@@ -48,6 +50,52 @@ class Routing:
             else:
                 self._rows[key] = torch.tensor([i * k + j for i in mine for j in range(k)], device=device, dtype=torch.long)
         return self._rows[key]
+
+    def runs(self, adapters: Iterable[str]) -> tuple[Run, ...] | None:
+        """The batch as runs of neighbouring rows, each of which uses one set of `adapters`; None where an adapter's rows lie
+        apart. Cutting a tensor in runs and joining them copies it once, however many adapters there are."""
+        key = frozenset(adapters)
+        if key not in self._runs:
+            runs: list[Run] = []
+            for i, names in enumerate(self.by_row):
+                mine = frozenset(key.intersection(names))
+                if runs and runs[-1].names == mine:
+                    runs[-1] = runs[-1]._replace(stop=i + 1)
+                else:
+                    runs.append(Run(mine, i, i + 1))
+            whole = all(sum(n in r.names for r in runs) == 1 for n in key.intersection(self.names))
+            self._runs[key] = tuple(runs) if whole else None
+        return self._runs[key]
+
+    def frame(self, frame: Frame, run: Run) -> Frame:
+        """What holds for the rows of `run` by themselves."""
+        key = (id(frame), run.start, run.stop)
+        if key not in self._frames or self._frames[key][0] is not frame:
+            for old in [k for k, (f, _) in self._frames.items() if f is not frame]:
+                del self._frames[old]
+            mask, count = frame.mask, run.stop - run.start
+            if mask is not None:
+                each = mask.shape[0] // self.size
+                mask = mask.narrow(0, run.start * each, count * each)
+            own = replace(frame, routing=Routing(self.by_row[run.start : run.stop]), mask=mask, batch=frame.batch * count // self.size)
+            self._frames[key] = (frame, own)
+        return self._frames[key][1]
+
+
+class Run(NamedTuple):
+    """Rows `start` to `stop` (not included), which use the adapters `names`."""
+
+    names: frozenset[str]
+    start: int
+    stop: int
+
+
+def cut(value: Any, runs: Iterable[Run], size: int, n: int, dim: int) -> list[Any]:
+    """`value` in runs, if it is a tensor with n entries in `dim` (n / size for each of `size` rows); else as it is in each."""
+    runs = list(runs)
+    if not isinstance(value, Tensor) or value.dim() <= dim or value.shape[dim] != n:
+        return [value] * len(runs)
+    return list(value.split([(r.stop - r.start) * (n // size) for r in runs], dim))
 
 
 @dataclass(frozen=True)
