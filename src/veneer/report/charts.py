@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .page import plotly, shown
 
 # told apart by people who see few colours, on white and on black; from the ninth on, dashes tell too
 COLOURS = ("#3b82d6", "#e07b2e", "#2a9d6f", "#a06bd6", "#d9527f", "#b98a00", "#21a3b5", "#8a94a0")
+FADED, WHISKER = "#a9b1ba", "#69727d"
 DASHES = ("solid", "dash", "dot", "dashdot")
 SEQUENTIAL = ((0, "#eef4fb"), (0.5, "#a3c6eb"), (0.75, "#3f7cbd"), (1, "#0b4a94"))  # numbers written on it stay readable, by day and by night
 MOST_WRITTEN = 12  # classes up to which a confusion matrix has room for its counts
@@ -44,25 +46,36 @@ def short(text: str, most: int = 28) -> str:
     return text if len(text) <= most else f"{text[: most - most // 3 - 1]}…{text[-(most // 3) :]}"
 
 
-def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]], *, x: str = "step", y: str = "", ends: Mapping[str, str] | None = None) -> Any:
-    """A line for each name -> (xs, ys). ends: name -> why its line stops early; it ends in a cross."""
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]],
+    *,
+    x: str = "step",
+    y: str = "",
+    ends: Mapping[str, str] | None = None,
+    behind: Collection[str] = (),
+) -> Any:
+    """A line for each name -> (xs, ys). ends: name -> why its line stops early; it ends in a cross. behind: names drawn
+    thin and grey behind the others, told apart by pointing at them."""
     go = plotly()
     figure = go.Figure()
-    for i, (name, (xs, ys)) in enumerate(series.items()):
-        few = len(xs) <= 30
+    front = [n for n in series if n not in behind]
+    for name in sorted(series, key=lambda n: n not in behind):
+        xs, ys = series[name]
+        back = name in behind
         figure.add_scatter(
-            x=list(xs), y=list(ys), name=short(name), mode="lines+markers" if few else "lines", line=line(i), marker={"size": 5},
+            x=list(xs), y=list(ys), name=name if back else short(name), mode="lines+markers" if len(xs) <= 30 and not back else "lines",
+            line={"color": COLOURS[-1], "width": 1} if back else line(front.index(name)), opacity=0.45 if back else 1, marker={"size": 5}, showlegend=not back,
             hovertemplate="%{x}: %{y:.5g}<extra>%{fullData.name}</extra>",
         )  # fmt: skip
     gone = [(name, why) for name, why in (ends or {}).items() if len(series[name][0])]
     if gone:
-        order = list(series)
+        colours = [COLOURS[-1] if n in behind else line(front.index(n))["color"] for n, _ in gone]
         figure.add_scatter(
-            x=[series[n][0][-1] for n, _ in gone], y=[series[n][1][-1] for n, _ in gone], name="dropped", mode="markers",
-            marker={"symbol": "x", "size": 10, "color": [line(order.index(n))["color"] for n, _ in gone], "line": {"width": 1}},
+            x=[series[n][0][-1] for n, _ in gone], y=[series[n][1][-1] for n, _ in gone], name="ended early", mode="markers",
+            marker={"symbol": "x-thin", "size": 8, "color": colours, "line": {"width": 2, "color": colours}},
             customdata=[f"{n}\n{why}" for n, why in gone], hovertemplate="%{customdata}<extra></extra>",
         )  # fmt: skip
-    figure.update_layout(layout(x=x, y=y, series=len(series) + bool(gone)), hovermode="closest" if len(series) > 6 else "x unified")
+    figure.update_layout(layout(x=x, y=y, series=len(front) + bool(gone)), hovermode="closest" if len(series) > 6 else "x unified")
     return figure
 
 
@@ -117,8 +130,10 @@ def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Any:
 def bars(names: Sequence[str], values: Sequence[float | None], errors: Sequence[float | None] | None = None, *, x: str, faded: Sequence[bool] = ()) -> Any:
     """Horizontal bars in the order given, from the top; errors: half widths of their whiskers; faded: drawn in grey."""
     go = plotly()
-    whiskers = {"error_x": {"type": "data", "array": [e or 0 for e in errors], "thickness": 1.2, "color": COLOURS[-1]}} if errors and any(errors) else {}
-    colours = [COLOURS[-1] if f else COLOURS[0] for f in faded] or COLOURS[0]
+    whiskers = (
+        {"error_x": {"type": "data", "array": [e or 0 for e in errors], "thickness": 1.4, "width": 5, "color": WHISKER}} if errors and any(errors) else {}
+    )
+    colours = [FADED if f else COLOURS[0] for f in faded] or COLOURS[0]
     figure = go.Figure(
         go.Bar(
             x=list(values), y=list(range(len(names))), orientation="h", marker={"color": colours}, **whiskers,
@@ -129,3 +144,13 @@ def bars(names: Sequence[str], values: Sequence[float | None], errors: Sequence[
     figure.update_layout(layout(90 + 30 * len(names), x=x, bargap=0.35))
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=[short(n) for n in names], autorange="reversed", showgrid=False)
     return figure
+
+
+def logarithmic(figure: Any, values: Sequence[float]) -> None:
+    """A logarithmic x axis that fits `values`, with readable ticks also where they span less than a decade."""
+    positive = [v for v in values if v > 0]
+    if not positive:
+        return
+    low, high = math.log10(min(positive)), math.log10(max(positive))
+    room = max(0.08, 0.06 * (high - low))
+    figure.update_xaxes(type="log", range=[low - room, high + room], dtick="D2" if high - low < 1.5 else 1, tickformat="~s")

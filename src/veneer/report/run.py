@@ -24,10 +24,10 @@ def report(folder: str | Path) -> Path:
     missing are left out. Raises: ConfigError for a folder that is no run; StoreError where the page cannot be written.
     """
     folder = Path(folder)
-    run = _read(folder / "run.json")
+    run = read(folder / "run.json")
     if run is None or "config" not in run:
         raise ConfigError("this folder is not a run: it has no run.json", where=str(folder), fix="Give the folder that `veneer train` wrote")
-    return build(run, _read(folder / OBSERVED) or {}, (_read(folder / GATES) or {}).get("rows", []), log_of(folder, run), str(folder)).write(folder / REPORT)
+    return build(run, read(folder / OBSERVED) or {}, (read(folder / GATES) or {}).get("rows", []), log_of(folder, run), str(folder)).write(folder / REPORT)
 
 
 def build(run: dict[str, Any], observed: dict[str, Any], gates: list[dict[str, Any]], log: list[dict[str, Any]], where: str) -> Page:
@@ -49,7 +49,7 @@ def log_of(folder: Path, run: dict[str, Any]) -> list[dict[str, Any]]:
     if (run.get("result") or {}).get("log"):
         return run["result"]["log"]
     states = sorted(folder.glob("checkpoints/checkpoint-*/trainer_state.json"), key=lambda p: p.stat().st_mtime)
-    return (_read(states[-1]) or {}).get("log_history", []) if states else []
+    return (read(states[-1]) or {}).get("log_history", []) if states else []
 
 
 def series(log: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -67,7 +67,7 @@ def scores_of(log: list[dict[str, Any]]) -> list[str]:
     return [n for n in names if n != "loss" and not n.endswith(SPEED)]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
