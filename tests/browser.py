@@ -25,6 +25,7 @@ def browser() -> str | None:
     return next((p for p in found if p and Path(p).is_file()), None)
 
 
+@functools.cache  # a page is looked at by several checks
 def dom(page: Path, *, size: str = "1200,900") -> str:
     """The page's elements after its scripts have run, from the disk, without a network."""
     binary = browser()
@@ -77,7 +78,7 @@ def figures(text: str) -> list[Any]:
 def points(trace: Any) -> int:
     """How many marks the trace has to draw."""
     values = trace.z if trace.type == "heatmap" else (trace.x if trace.x is not None else trace.y)
-    flat = [v for row in values for v in row] if trace.type == "heatmap" else values
+    flat = [v for row in values for v in row] if trace.type == "heatmap" else trace.y if trace.type == "scatter" else values
     return sum(v is not None for v in flat)
 
 
@@ -90,11 +91,14 @@ def check_drawn(page: Path) -> list[Any]:
         seen = Elements(dom(page))
         charts = seen.all("div", **{"class": "chart"})
         assert len(charts) == len(found) and all(c.get("data-drawn") == "yes" for c in charts)
-        lines = sum(t.type == "scatter" and "lines" in (t.mode or "") for f in found for t in f.data)
-        bars = sum(points(t) for f in found for t in f.data if t.type == "bar")
-        maps = sum(t.type == "heatmap" for f in found for t in f.data)
-        drawn = [e for e in seen.all("path", **{"class": "js-line"}) if "scatterlayer" in e["inside"]]
-        assert len(drawn) == lines and all("L" in e["d"] or "C" in e["d"] or "H" in e["d"] for e in drawn)
+        traces = [t for f in found for t in f.data]
+        lines = sum(points(t) > 1 for t in traces if t.type == "scatter" and "lines" in (t.mode or "lines"))
+        marks = sum(points(t) for t in traces if t.type == "scatter" and "markers" in (t.mode or ""))
+        bars = sum(points(t) for t in traces if t.type == "bar")
+        maps = sum(t.type == "heatmap" for t in traces)
+        paths = [e for e in seen.all("path") if "scatterlayer" in e["inside"]]
+        assert sum("js-line" in e.get("class", "") and any(c in e["d"] for c in "LCHV") for e in paths) == lines
+        assert sum("point" in e.get("class", "").split() for e in paths) == marks
         assert len([e for e in seen.all("g", **{"class": "point"}) if "barlayer" in e["inside"]]) == bars
         assert len([e for e in seen.all("g", **{"class": "hm"})]) == maps
     return found

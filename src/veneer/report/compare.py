@@ -43,7 +43,8 @@ def near_runs(folder: Path) -> str:
     if inside:
         return f"It holds runs: {' '.join(inside[:6])}{' …' if len(inside) > 6 else ''}"
     root = next((p for p in folder.parents if p.is_dir()), Path())
-    beside = _runs_in(root) + [r for d in _folders(root)[:200] for r in _runs_in(d)]
+    above = [str(p) for p in folder.parents if (p / RUN).is_file()][:1]
+    beside = above or _runs_in(root) + [r for d in _folders(root)[:200] for r in _runs_in(d)]
     if not beside:
         return "Give the folder that `veneer train` or `veneer demo` wrote"
     by_path = {str(Path(r)): r for r in beside}
@@ -85,7 +86,7 @@ def table(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
         rows.append(
             [
                 r["name"], _plan(r["run"]), *(result.get("metrics", {}).get(m) for m in metrics), result.get("trainable"),
-                share if share is None else (share, f"{100 * share:.3f}%"), rate, seconds if seconds is None else (seconds, duration(seconds)), speed, state,
+                share if share is None else (share, f"{100 * share:.3f}%"), rate, seconds if seconds is None else (seconds, f"{seconds:,.0f} s"), speed, state,
             ]
         )  # fmt: skip
     return heads, rows

@@ -152,13 +152,17 @@ class Selection:
             raise StoreError(f"not a selection of ours: {e}", where=where, fix="Give the selection.json that vn.select or `veneer select` wrote") from None
 
     def save(self, path: str | Path) -> Path:
-        """Write `selection.json` and `plan.yaml` into the folder `path`, each whole or not at all; return the folder.
+        """Write `selection.json`, `plan.yaml` and the page `report.html` into the folder `path`, each whole or not at all;
+        return the folder.
 
         Raises: StoreError where the folder cannot be written.
         """
+        from ..report.selection import report
+
         folder = Path(path)
         write_whole(folder / FILE, (json.dumps(_plain(self.to_dict()), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
         write_whole(folder / "plan.yaml", self.yaml().encode())
+        report(folder)
         return folder
 
     @staticmethod
