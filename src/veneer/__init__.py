@@ -29,6 +29,7 @@ _WHERE = {
     "summary": ("summary",),
     "gates": ("gates",),
     "settle": ("settle",),
+    "harden": ("harden",),
     "training": ("param_groups", "penalty", "advance"),
     "select.run": ("select",),
     "optimize": ("optimize", "unoptimize", "adamw"),

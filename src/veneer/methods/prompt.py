@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..code import own_class
 from ..sites import Site
 from .base import Build, Method
 from .parts import EmbedPart, Part, like, module_at
@@ -26,6 +27,7 @@ class PromptTuning(Method):
     init        'random' (N(0, 0.02²)), 'vocab' (rows of the token embedding, drawn at random; the paper's), or 'text'
     text        the hand-written prompt whose token embeddings start P, repeated or cut to n tokens; needs the
                 `tokenizer` given to vn.attach. With length=None its own length is taken
+    fixed       leave P as its start is: a hand-written prompt, beside what else the plan trains; False by default
     before_cls  put P before an encoder's CLS token (as Hugging Face PEFT does) and not after it
     at          'embed' of the first tower by default; 'decoder/embed', 'vision/embed', …
 
@@ -44,13 +46,14 @@ class PromptTuning(Method):
     length: int | None = 10
     init: str = "random"
     text: str | None = None
+    fixed: bool = False
     before_cls: bool = False
     at: str | None = None
 
     def __post_init__(self) -> None:
         if self.length is not None:
             self._positive(length=self.length)
-        self._bool(before_cls=self.before_cls)
+        self._bool(before_cls=self.before_cls, fixed=self.fixed)
         if self.text is not None and not isinstance(self.text, str):
             raise self._fail(f"text must be a string, not {self.text!r}")
         self._one_of(("random", "vocab", "text"), init=self.init)
@@ -78,7 +81,8 @@ class PromptTuning(Method):
             return torch.empty(self.length or 0, site.width, **new).normal_(std=0.02)
         if not site.enter:
             raise self._fail(f"init={self.init!r} needs a token embedding, and {site.path or 'this model'} has none")
-        table = module_at(build.model, site.enter).weight
+        embedding = module_at(build.model, site.enter)
+        table = embedding.weight
         assert isinstance(table, Tensor)
         if self.init == "vocab":
             ids = torch.randint(table.shape[0], (self.length or 0,))
@@ -90,13 +94,19 @@ class PromptTuning(Method):
                 raise self._fail(f"the text {self.text!r} has no tokens")
             n = self.length or len(ids)
             ids = ids.repeat(-(-n // len(ids)))[:n]
-        return table.detach()[ids.to(table.device)].to(**new).clone()
+        with torch.no_grad():  # as the embedding itself gives them: some scale what they look up
+            return own_class(embedding).forward(embedding, ids.to(table.device)).to(**new).clone()  # type: ignore[attr-defined]
 
 
 class PromptPart(EmbedPart):
     def __init__(self, site: Site, build: Build, m: PromptTuning) -> None:
         super().__init__(site)
-        self.vectors = nn.Parameter(m.start(site, build))
+        start = m.start(site, build)
+        self.fixed = m.fixed
+        if m.fixed:
+            self.frozen("vectors", start)
+        else:
+            self.vectors = nn.Parameter(start)
         self.keep = 0 if m.before_cls else site.keep
         self.free = m.length is None  # as long as its text, in whatever tokenizer it was attached with
 
@@ -107,4 +117,5 @@ class PromptPart(EmbedPart):
         """Take the saved prompt's length, where the text gave it."""
         vectors = saved.get("vectors")
         if self.free and vectors is not None and vectors.dim() == 2:
-            self.vectors = nn.Parameter(self.vectors.new_empty(vectors.shape[0], self.vectors.shape[1]))
+            blank = self.vectors.new_empty(vectors.shape[0], self.vectors.shape[1])
+            self.vectors = blank if self.fixed else nn.Parameter(blank)
