@@ -26,7 +26,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "bitfit": [{}, {"at": "norm"}],
     "bottleneck": [{"size": 4}, {"reduction": 2.5, "parallel": True, "activation": "gelu", "scale": "learnt", "norm": True, "dropout": 0.1, "at": "attn,ffn"}],
     "prefix": [{}, {"length": 3, "reparameterize": 9, "init_std": 0.5, "positions": True, "at": "cross"}],
-    "prompt": [{}, {"length": 4, "init": "vocab", "before_cls": True, "fixed": True, "at": "embed"}, {"length": None, "init": "text", "text": "Ein Täxt: 'quoted'\n"}],
+    "prompt": [
+        {},
+        {"length": 4, "init": "vocab", "before_cls": True, "fixed": True, "at": "embed"},
+        {"length": None, "init": "text", "text": "Ein Täxt: 'quoted'\n"},
+    ],
     "full": [{}, {"at": "norm"}, {"at": None}],
     "compacter": [{}, {"n": 2, "size": 6, "rank": 2, "activation": "relu", "drop": 1, "skip": 2}, {"reduction": 3.5, "at": "ffn"}],
     "llama-adapter": [{}, {"length": 3, "per_head": False, "init_std": 0.5, "at": "attn"}],

@@ -9,7 +9,7 @@ from .plan import Plan, gated, short
 
 
 def _presets() -> dict[str, Callable[[], Plan]]:
-    from .methods import IA3, BitFit, Bottleneck, Full, LoRA, Prefix, PromptTuning
+    from .methods import IA3, BitFit, Bottleneck, Compacter, Full, Invertible, LlamaAdapter, LoReFT, LoRA, Prefix, PromptTuning, PTuning
 
     return {
         "lora": lambda: LoRA(8),
@@ -25,6 +25,16 @@ def _presets() -> dict[str, Callable[[], Plan]]:
         "unipelt-ap": lambda: gated(Bottleneck(48) + Prefix(10)),
         "unipelt-apl": lambda: gated(Bottleneck(48) + Prefix(10) + LoRA(8, alpha=16)),
         "head": lambda: Full(at="head"),
+        "compacter": lambda: Compacter(),
+        "compacter++": lambda: Compacter(at="ffn"),
+        "adapterdrop": lambda: Bottleneck(reduction=16, activation="relu", at="ffn", drop=11),
+        "llama-adapter": lambda: LlamaAdapter(10),
+        "loreft": lambda: LoReFT(8, positions="first:7+last:7"),
+        "mad-x": lambda: Invertible() + Bottleneck(reduction=2, activation="relu", at="ffn"),
+        "p-tuning": lambda: PTuning(20, encoder="lstm"),
+        "p-tuning-v2": lambda: Prefix(20),
+        "p-tuning-v2-mlp": lambda: Prefix(20, reparameterize=512),
+        "t-few": lambda: IA3(),
     }
 
 
@@ -41,6 +51,15 @@ def preset(name: str, where: str = "") -> Plan:
     parallel    beside the FFN, reduction 2, ReLU, scale 4; mam: that with prefix 30 through an MLP of 800 (He et al. 2022)
     unipelt-ap  gated bottleneck 48 and prefix 10; unipelt-apl: with LoRA 8 too (Mao et al. 2022)
     head        the head's own tensors
+    compacter   Kronecker bottlenecks after attention and FFN; compacter++: after the FFN alone (Mahabadi et al. 2021)
+    adapterdrop pfeiffer, of which training leaves out the 0 to 11 lowest layers at random (Rücklé et al. 2021)
+    llama-adapter  10 prompts faded in, in the topmost 30 layers (Zhang et al. 2024)
+    loreft      rank 8 in every layer, at the first and last 7 tokens: the paper's on commonsense reasoning (Wu et al. 2024)
+    mad-x       a language's adapter: invertible embeddings and reduction 2 after the FFN (Pfeiffer et al. 2020)
+    p-tuning    20 input vectors out of an LSTM (Liu et al. 2021)
+    p-tuning-v2 20 keys and values in every layer; p-tuning-v2-mlp: through an MLP of 512. With a classification head on the
+                first token, as a sequence classifier has it (Liu et al. 2022)
+    t-few       (IA)3, for T-Few's losses on answers to choose among (Liu et al. 2022)
 
     Raises: PlanError for an unknown name, with the nearest.
     """

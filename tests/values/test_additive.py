@@ -132,7 +132,7 @@ def test_skipped_layers_are_as_if_they_had_no_adapter(method: Any, tmp_path: Pat
 
 def test_training_draws_a_number_of_layers_for_each_step() -> None:
     model = ZOO["bert"].build()
-    adapter = vn.attach(model, vn.Bottleneck(4, activation="gelu", drop=2))
+    adapter = vn.attach(model, vn.Bottleneck(4, activation="gelu", drop=11))
     inputs = ZOO["bert"].inputs(2, 7)
     seen = set()
     for checkpointed in (False, True):

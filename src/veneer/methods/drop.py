@@ -21,13 +21,16 @@ class Droppable(Part):
 
 
 def ready(part: Droppable, skip: int, most: int) -> None:
-    """Give `part` its numbers, and the first step's draw."""
+    """Give `part` its numbers. The first step leaves none out."""
     part.skip, part.most = skip, most
-    draw([part], 0)
 
 
 def draw(parts: list[Any], step: int) -> None:
-    """Draw how many layers the step after `step` leaves out: 0 to `most`, from the step's number alone, so that all
-    processes agree, a resumed run goes on as it would have, and a recomputed layer sees what it saw before."""
-    for part in parts:
-        part.drawn = random.Random(f"adapterdrop {step}").randint(0, part.most)
+    """Draw how many layers the step after `step` leaves out: 0 to `most`, but never a tower's topmost one, without which there
+    might be nothing to train. From the step's number alone, so that all processes agree, a resumed run goes on as it would
+    have, and a recomputed layer sees what it saw before."""
+    top: dict[str, int] = {}
+    for p in parts:
+        top[p.site.tower] = max(top.get(p.site.tower, 0), p.site.layer or 0)
+    for p in parts:
+        p.drawn = random.Random(f"adapterdrop {step}").randint(0, min(p.most, top[p.site.tower]))
