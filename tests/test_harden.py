@@ -45,7 +45,7 @@ def test_the_search_finds_the_best_exchange_and_measures_what_typing_gives(words
     table = base.get_input_embeddings().weight.detach()
     with torch.no_grad():
         adapter.parts[0].vectors.copy_(table[[7, 23]] * 3 + 0.01 * torch.randn(2, table.shape[1], generator=torch.Generator().manual_seed(0)))
-    data = batches()
+    data = batches()[:1]
     with unchanged(model):
         found = vn.harden(model, words, data, steps=1, tries=2 * VOCAB, candidates=VOCAB)
     assert found.nearest[0] == "w7 w23"  # the direction counts, not the length
@@ -63,7 +63,7 @@ def test_the_search_finds_the_best_exchange_and_measures_what_typing_gives(words
 
     vn.attach(model, vn.PromptTuning(None, init="text", text=longer.text, fixed=True), name="typed", tokenizer=words)
     with torch.no_grad():
-        again = sum(float(model(**b).loss) for b in data) / 2
+        again = sum(float(model(**b).loss) for b in data)
     assert again == pytest.approx(longer.loss, abs=1e-5)
 
 

@@ -9,7 +9,7 @@ from .plan import Plan, gated, short
 
 
 def _presets() -> dict[str, Callable[[], Plan]]:
-    from .methods import IA3, BitFit, Bottleneck, Compacter, Full, Invertible, LlamaAdapter, LoReFT, LoRA, Prefix, PromptTuning, PTuning
+    from .methods import IA3, BitFit, Bottleneck, Compacter, Full, Invertible, LlamaAdapter, LoRA, LoReFT, Prefix, PromptTuning, PTuning
 
     return {
         "lora": lambda: LoRA(8),
@@ -34,7 +34,7 @@ def _presets() -> dict[str, Callable[[], Plan]]:
         "p-tuning": lambda: PTuning(20, encoder="lstm"),
         "p-tuning-v2": lambda: Prefix(20),
         "p-tuning-v2-mlp": lambda: Prefix(20, reparameterize=512),
-        "t-few": lambda: IA3(),
+        "t-few": lambda: IA3(at="attn.{k,v},cross.{k,v},ffn.down"),
     }
 
 
@@ -59,7 +59,7 @@ def preset(name: str, where: str = "") -> Plan:
     p-tuning    20 input vectors out of an LSTM (Liu et al. 2021)
     p-tuning-v2 20 keys and values in every layer; p-tuning-v2-mlp: through an MLP of 512. With a classification head on the
                 first token, as a sequence classifier has it (Liu et al. 2022)
-    t-few       (IA)3, for T-Few's losses on answers to choose among (Liu et al. 2022)
+    t-few       (IA)3 on an encoder-decoder, cross-attention too, as T-Few trains it with the task `choices` (Liu et al. 2022)
 
     Raises: PlanError for an unknown name, with the nearest.
     """
