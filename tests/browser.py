@@ -1,9 +1,13 @@
-"""Pages as a browser sees them; and, for machines without one, as plotly's own schema does."""
+"""Pages as a browser sees them: a Chromium of this machine, or else the headless one that the package kaleido 0.2 carries.
+
+The first opens the whole page. The second has no pages: it is given the page's own plotly and its figures.
+"""
 
 from __future__ import annotations
 
 import functools
 import html.parser
+import importlib.util
 import json
 import os
 import shutil
@@ -82,23 +86,55 @@ def points(trace: Any) -> int:
     return sum(v is not None for v in flat)
 
 
+def svgs(page: str) -> list[str]:
+    """The figures in the page as kaleido's Chromium draws them with the page's own plotly."""
+    spec = importlib.util.find_spec("kaleido")
+    assert spec is not None and spec.origin is not None
+    library = max((e["text"] for e in Elements(page).all("script") if not e.get("type")), key=len)
+    out = []
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "plotly.js"
+        script.write_text(library, encoding="utf-8")
+        command = [str(Path(spec.origin).parent / "executable" / "kaleido"), "plotly", f"--plotlyjs={script}"]
+        command += ["--disable-gpu", "--no-sandbox", "--allow-file-access-from-files", "--disable-breakpad", "--disable-dev-shm-usage", "--single-process"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdin is not None and process.stdout is not None
+            ready = json.loads(process.stdout.readline())
+            assert ready["code"] == 0, ready["message"]
+            for figure in figures(page):
+                request = {"data": json.loads(figure.to_json()), "format": "svg", "width": 700, "height": figure.layout.height, "scale": 1}
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+                answer = json.loads(process.stdout.readline())
+                assert answer["code"] == 0, answer["message"]
+                out.append(answer["result"])
+            process.stdin.close()
+    return out
+
+
+def check_marks(seen: Elements, found: list[Any]) -> None:
+    """That what was drawn has a line, a mark, a bar and a map for each that the figures say."""
+    traces = [t for f in found for t in f.data]
+    lines = sum(points(t) > 1 for t in traces if t.type == "scatter" and "lines" in (t.mode or "lines"))
+    marks = sum(points(t) for t in traces if t.type == "scatter" and "markers" in (t.mode or ""))
+    paths = [e for e in seen.all("path") if "scatterlayer" in e["inside"]]
+    assert sum("js-line" in e.get("class", "") and any(c in e["d"] for c in "LCHV") for e in paths) == lines
+    assert sum("point" in e.get("class", "").split() for e in paths) == marks
+    assert sum("barlayer" in e["inside"] for e in seen.all("g", **{"class": "point"})) == sum(points(t) for t in traces if t.type == "bar")
+    assert len(seen.all("g", **{"class": "hm"})) == sum(t.type == "heatmap" for t in traces)
+
+
 def check_drawn(page: Path) -> list[Any]:
-    """The figures of the page, all with something to draw; where a browser is found, all drawn in it. Returns them."""
+    """The figures of the page, each with something to draw, and drawn. Returns them."""
     text = page.read_text(encoding="utf-8")
     found = figures(text)
     assert found and all(f.data and any(points(t) for t in f.data) for f in found)
-    if browser() is not None:
-        seen = Elements(dom(page))
-        charts = seen.all("div", **{"class": "chart"})
-        assert len(charts) == len(found) and all(c.get("data-drawn") == "yes" for c in charts)
-        traces = [t for f in found for t in f.data]
-        lines = sum(points(t) > 1 for t in traces if t.type == "scatter" and "lines" in (t.mode or "lines"))
-        marks = sum(points(t) for t in traces if t.type == "scatter" and "markers" in (t.mode or ""))
-        bars = sum(points(t) for t in traces if t.type == "bar")
-        maps = sum(t.type == "heatmap" for t in traces)
-        paths = [e for e in seen.all("path") if "scatterlayer" in e["inside"]]
-        assert sum("js-line" in e.get("class", "") and any(c in e["d"] for c in "LCHV") for e in paths) == lines
-        assert sum("point" in e.get("class", "").split() for e in paths) == marks
-        assert len([e for e in seen.all("g", **{"class": "point"}) if "barlayer" in e["inside"]]) == bars
-        assert len([e for e in seen.all("g", **{"class": "hm"})]) == maps
+    if browser() is None:
+        for svg, figure in zip(svgs(text), found, strict=True):
+            check_marks(Elements(svg), [figure])
+        return found
+    seen = Elements(dom(page))
+    charts = seen.all("div", **{"class": "chart"})
+    assert len(charts) == len(found) and all(c.get("data-drawn") == "yes" for c in charts)
+    check_marks(seen, found)
     return found

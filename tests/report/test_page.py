@@ -57,6 +57,16 @@ def test_the_users_words_stay_words(tmp_path):
         assert not [e for e in seen.all("a") if "javascript" in e.get("href", "") + e.get("xlink:href", "")]
 
 
+def test_charts_are_drawn_without_a_browser_of_this_machine(tmp_path, monkeypatch):
+    """In the Chromium that comes from the package index: what a machine of plain Python has."""
+    monkeypatch.setattr("browser.browser", lambda: None)
+    page = Page("x")
+    page.figure(charts.curves({"a": ([1, 2, 3], [1, 2, 3]), "b": ([1, 2], [2, 1])}, ends={"b": "out"}), "x")
+    page.figure(charts.bars(["a", "b"], [1, 2], x="n"), "x")
+    page.figure(charts.heat(["0"], ["a b"], [[0.5]], [[0.1]]), "x")
+    assert len(check_drawn(page.write(tmp_path / "p.html"))) == 3
+
+
 def test_the_page_needs_nothing_else(tmp_path):
     text = hostile_page().html()
     outside = re.sub(r"<script>.*?</script>", "", text, flags=re.S)  # plotly's own source names addresses it never asks here
