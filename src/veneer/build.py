@@ -14,6 +14,7 @@ from .methods.parts import Part, like, module_at
 from .patterns import select
 from .plan import Plan
 from .sites import Site
+from .ties import once
 
 if TYPE_CHECKING:
     from .probe import Probe
@@ -33,12 +34,13 @@ def make_parts(
         def sites(at: str | None, port: str, default: str, kinds: tuple[str, ...] = term.method.kinds) -> list[Site]:
             why = "" if any(s.port == port for s in found) else resolve.why_not(model, port)
             able = [s for s in found if s.port != "weight" or not kinds or s.kind in kinds]
-            return select(able, at or default, port=port, default=at is None, why=why)
+            return once(model, select(able, at or default, port=port, default=at is None, why=why))
 
         try:
             for site, part in term.method.parts(sites, build):
                 part.stage, part.method_name = term.stage, term.method.name
                 part.term = i
+                part.tied = getattr(term.method, "tied", True)
                 if term.gate is not None and part.acts:
                     part.gate = term.gate.make(site, part, entry_width(site, part, model), like(build, site), term.member, shared)
                     part.published = term.gate.gate == "published" and part.acts == "kv"

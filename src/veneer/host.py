@@ -333,7 +333,7 @@ class Host:
             for o in owners.values():
                 o.now = {}
             for p in now:
-                p.owner.now.setdefault(p.site.tensor, []).append(p)
+                p.owner.now.setdefault(p.site.tensor or "weight", []).append(p)
             return forward(*args, **kwargs)
         finally:
             for o, b in before:

@@ -11,6 +11,7 @@ from .host import Cell, Host, State, Tap
 from .methods.parts import module_at
 from .shells import FrameMixin, HostMixin, LayerMixin, subclass
 from .sites import Site
+from .ties import Ties
 
 KEY = "_veneer"
 
@@ -26,6 +27,7 @@ def install(model: nn.Module, state: State, record: Any) -> None:
     """Put the parts of `record` on their hosts and exchange the hosts' classes."""
     touched: dict[str, set[type]] = {}
     layers = layer_paths(model)
+    ties = Ties(model)
     varying = any((p.gate is not None and p.gate.per != "constant") or p.places is not None for p in record.parts)
     for part in record.parts:
         site = part.site
@@ -46,22 +48,10 @@ def install(model: nn.Module, state: State, record: Any) -> None:
         part.train(module.training)
         if not part.acts:  # a bank
             continue
-        owner = host_of(model, state, site.path)
-        reader = host_of(model, state, site.enter) if part.acts == "tensor" and site.enter else owner
-        if part.acts == "tensor":
-            owner.owned.setdefault(site.tensor, []).append(part)
-            part.owner = owner
-        reader.parts.append(part)
-        reader.batch_dim = site.batch_dim
-        part.aliases = _aliases(model, site) if site.kind == "embedding" else []
-        for alias in part.aliases:
-            other = host_of(model, state, alias)
-            if part.acts == "tensor":
-                other.owned.setdefault(site.tensor, []).append(part)
-            other.parts.append(part)
-            touched.setdefault(alias, set()).add(HostMixin)
-        touched.setdefault(owner.path, set()).add(HostMixin)
-        touched.setdefault(reader.path, set()).add(HostMixin)
+        owner = _put(model, state, part, touched)
+        part.__dict__["echoes"] = ties.echoes(part)
+        for echo in part.echoes:
+            _put(model, state, echo, touched)
         if site.port in ("hidden", "kv") and part.acts != "input":
             part.cell = Cell()
             part.seen = [Tap() for _ in part.taps]
@@ -92,14 +82,19 @@ def install(model: nn.Module, state: State, record: Any) -> None:
         exchange(model, state, path, kinds)
 
 
-def _aliases(model: nn.Module, site: Site) -> list[str]:
-    """Other modules of the same class that hold the very same table, as an encoder's and a decoder's embedding do."""
-    module = module_at(model, site.path)
-    table, cls = module._parameters.get(site.tensor or "weight"), getattr(module, "num_embeddings", None)
-    return [
-        p for p, m in model.named_modules()
-        if m is not module and getattr(m, "num_embeddings", None) == cls and m._parameters.get(site.tensor or "weight") is table
-    ]  # fmt: skip
+def _put(model: nn.Module, state: State, part: Any, touched: dict[str, set[type]]) -> Host:
+    """Give `part` to the host at its site, and to the one that reads its tensor; return the first."""
+    site = part.site
+    owner = host_of(model, state, site.path)
+    reader = host_of(model, state, site.enter) if part.acts == "tensor" and site.enter else owner
+    if part.acts == "tensor":
+        owner.owned.setdefault(site.tensor or "weight", []).append(part)
+        part.owner = owner
+    reader.parts.append(part)
+    reader.batch_dim = site.batch_dim
+    touched.setdefault(owner.path, set()).add(HostMixin)
+    touched.setdefault(reader.path, set()).add(HostMixin)
+    return owner
 
 
 def frame_hosts(model: nn.Module, state: State, touched: dict[str, set[type]], layers: set[str]) -> None:
@@ -157,7 +152,7 @@ def exchange(model: nn.Module, state: State, path: str, kinds: set[type]) -> Non
 
 def uninstall(model: nn.Module, state: State, record: Any) -> None:
     """Take the parts of `record` off, and give hosts without parts their own class back."""
-    mine = {id(p) for p in record.parts}
+    mine = {id(p) for part in record.parts for p in (part, *part.echoes)}
     for path in {p.site.path for p in record.parts}:
         box = module_at(model, path)._modules.get(KEY)
         if box is not None:

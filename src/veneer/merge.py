@@ -13,6 +13,7 @@ from .adapter import known_names
 from .attach import state_of
 from .errors import CapabilityError, MergeError
 from .methods.parts import MapPart, Part, module_at
+from .ops.maps import place, take
 
 
 @dataclass
@@ -55,9 +56,10 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None) -> Merged:
     with torch.no_grad():
         # the same order as in a call: inputs, tensors, then outputs stage by stage
         rank = {"tensor": 0, "input": 1, "output": 2}
-        for group in _groups(sorted(parts, key=lambda p: (rank[p.acts], p.stage))):
+        for group in _groups(model, sorted(parts, key=lambda p: (rank[p.acts], p.stage))):
+            before: dict[int, Tensor] = {}  # every part of a group sees the weights from before the group
             for p in group:
-                _fold(model, p, group, new, added)
+                _fold(model, p, len(group), before, new, added)
     merged = Merged(wanted, state.active)
     # all of them before the first is put in place: an error here leaves the base as it is
     rounded = [(param, _rounded(param, value, merged)) for param, value in new.values()]
@@ -136,7 +138,8 @@ def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Par
                 where=where,
                 fix="Keep the adapter attached, or load the base unquantised to merge",
             )
-        others = [o for o in tied[id(param)] if o != where and o.rpartition(".")[0] not in p.aliases]
+        reached = {f"{e.site.path}.{e.site.tensor or 'weight'}" for e in p.echoes}
+        others = [o for o in tied[id(param)] if o != where and o not in reached]
         if others:
             raise MergeError(
                 f"this weight is tied to {others[0]}, which the adapter does not change", where=where,
@@ -153,16 +156,19 @@ def _plain(module: nn.Module, p: Part) -> bool:
     return w.numel() == p.site.out * p.site.inp * max(1, p.site.experts)
 
 
-def _groups(parts: list[Part]) -> list[list[Part]]:
+def _groups(model: nn.Module, parts: list[Part]) -> list[list[Part]]:
     """Parts that see the same weights: same tensor, phase and stage."""
     out: dict[Any, list[Part]] = {}
     for p in parts:
         phase = (p.acts, p.stage if p.acts != "tensor" else 0)
-        out.setdefault((p.site.path, p.site.tensor or "weight", phase), []).append(p)
+        tensor = module_at(model, p.site.path)._parameters[p.site.tensor or "weight"]
+        out.setdefault((id(tensor), phase), []).append(p)
     return list(out.values())
 
 
-def _fold(model: nn.Module, p: Part, group: list[Part], new: dict[int, tuple[nn.Parameter, Tensor]], added: dict[tuple[str, str], Tensor]) -> None:
+def _fold(
+    model: nn.Module, p: Part, together: int, before: dict[int, Tensor], new: dict[int, tuple[nn.Parameter, Tensor]], added: dict[tuple[str, str], Tensor]
+) -> None:
     module = module_at(model, p.site.path)
 
     def current(name: str) -> tuple[nn.Parameter | None, Tensor | None]:
@@ -181,28 +187,19 @@ def _fold(model: nn.Module, p: Part, group: list[Part], new: dict[int, tuple[nn.
         assert param is not None and w is not None
         base = param.data.to(w.dtype)
         value = p.value(base) if p.gate is None else base + gate() * (p.value(base) - base)
-        new[id(param)] = (param, value if len(group) == 1 and id(param) not in new else w + (value - base))
+        new[id(param)] = (param, value if together == 1 and id(param) not in new else w + (value - base))
         return
     assert isinstance(p, MapPart)
-    name = p.site.tensor or "weight"
-    param, w = current(name)
+    param, w = current(p.site.tensor or "weight")
     assert param is not None and w is not None
     bias, b = current("bias")
-    # every part of a group sees the weights from before the group
-    seen: Any = next((q.__dict__["before"] for q in group if "before" in q.__dict__), (w, b))
-    p.__dict__["before"] = seen
-    try:
-        from .ops.maps import place, take
-
-        dw, db = p.fold(p.map.canonical(seen[0]), None if seen[1] is None else take(seen[1], p.site.slice))
-        g = gate()
-        new[id(param)] = (param, w + p.map.stored(g * dw, w))
-        if db is not None:
-            if bias is not None and b is not None:
-                new[id(bias)] = (bias, b + place(g * db, p.site.slice))
-            elif bool(db.any()):
-                added[(p.site.path, "bias")] = (g * db).to(param.dtype)
-    finally:
-        if p is group[-1]:
-            for q in group:
-                q.__dict__.pop("before", None)
+    old_w = before.setdefault(id(param), w)
+    old_b = None if bias is None or b is None else before.setdefault(id(bias), b)
+    dw, db = p.fold(p.map.canonical(old_w), None if old_b is None else take(old_b, p.site.slice))
+    g = gate()
+    new[id(param)] = (param, w + p.map.stored(g * dw, w))
+    if db is not None:
+        if bias is not None and b is not None:
+            new[id(bias)] = (bias, b + place(g * db, p.site.slice))
+        elif bool(db.any()):
+            added[(p.site.path, "bias")] = (g * db).to(param.dtype)

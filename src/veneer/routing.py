@@ -171,13 +171,13 @@ def gate_of(part: Part, x: Tensor, frame: Frame, mask: Tensor | None, batch_dim:
             tail *= s
         if mask is not None and mask.shape[0] != n // fold:
             mask = None
-        g = gate(x.reshape(n // fold, fold * tail, x.shape[-1]), frame, mask)
+        g = gate(x.reshape(n // fold, fold * tail, x.shape[-1]), frame, mask, part)
         if g.dim() == 2:
             return g.reshape(n, tail)
         return g.repeat_interleave(fold, 0)
     if mask is not None and frame.cached and x.dim() == 3 and mask.shape[1] > x.shape[1]:
         mask = mask[:, -x.shape[1] :]
-    return gate(x, frame, mask)
+    return gate(x, frame, mask, part)
 
 
 def widen_rows(value: Any, n: int, dim: int) -> Any:

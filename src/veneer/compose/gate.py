@@ -32,7 +32,7 @@ class Gate(nn.Module):
             self.weight = nn.Parameter(torch.zeros(width, **new))
         self.bias = nn.Parameter(torch.full((1,), bias, **new))  # not (): FSDP2 shards no scalars
 
-    def forward(self, x: Tensor | None, frame: Any, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | None, frame: Any, mask: Tensor | None = None, part: Any = None) -> Tensor:
         """g for x (B, *tokens, d) or images (B, d, *space), as (B,), (B, T) or (); `shape_like` broadcasts it."""
         if self.per == "constant":
             g = torch.sigmoid(self.bias.squeeze(0) / self.temperature)
@@ -48,7 +48,7 @@ class Gate(nn.Module):
         if self.per == "token":
             g = s
         elif self.causal and s.shape[1] >= 1:
-            g = self._running(s, frame, mask)
+            g = self._running(s, frame, mask, part or self)
         elif mask is None:
             g = s.mean(1)
         else:
@@ -67,16 +67,17 @@ class Gate(nn.Module):
         """A term of the training loss, where it has one."""
         return None
 
-    def _running(self, s: Tensor, frame: Any, mask: Tensor | None) -> Tensor:
-        """The mean of the tokens so far; sums so far are kept with the key/value cache, so decoding continues them."""
+    def _running(self, s: Tensor, frame: Any, mask: Tensor | None, part: Any) -> Tensor:
+        """The mean of the tokens so far; sums so far are kept with the key/value cache, so decoding continues them. A part
+        of a tied tensor acts at several places, each with sums of its own."""
         m = torch.ones_like(s) if mask is None else mask.to(s.dtype)
         total, count = (s * m).cumsum(1), m.cumsum(1)
         memo = getattr(frame, "memo", None)
         if memo is not None:
-            before = memo.get(self)
+            before = memo.get(part)
             if before is not None and before.shape[1] == s.shape[0]:
                 total, count = total + before[0][:, None], count + before[1][:, None]
-            memo[self] = torch.stack((total[:, -1], count[:, -1])).detach()
+            memo[part] = torch.stack((total[:, -1], count[:, -1])).detach()
         return total / count.clamp(min=1)
 
     def means(self, g: Tensor, mask: Tensor | None) -> Tensor:

@@ -63,13 +63,14 @@ class Part(nn.Module):
         self.adapter = ""
         self.published = False
         self.held = False
-        self.aliases: list[str] = []  # other modules of the same tied table, where it acts too
+        self.tied = True  # it acts at every module that holds its tensor
         self.visible = False  # a prompt that its tower's output keeps
         # plain references, not submodules: the cell that brings the block's input, and the host that owns the tensor
         self.__dict__["cell"] = None
         self.__dict__["owner"] = None
         self.__dict__["seen"] = []
         self.__dict__["bank"] = None  # what it shares with other parts of its method
+        self.__dict__["echoes"] = []  # what it does at other modules that hold its tensor (see ties.py)
 
     def frozen(self, name: str, value: Tensor | None) -> None:
         """Keep `value` as `self.<name>`: saved with the adapter, and never trained."""
@@ -139,6 +140,19 @@ class MapPart(OutputPart):
         """(dW, db) for the map's matrix w, out x in (experts: E x out x in), and bias b, in their own dtype."""
         raise NotImplementedError
 
+    def across(self, m: Map, x: Tensor, h: Tensor) -> Tensor:
+        """dW^T x at a module whose map `m` applies the transpose of this part's own W, as an embedding does of its tied
+        head's; h is what it returned so far.
+
+        By the part's factors where it has some: (B A)^T = A^T B^T. Otherwise the whole dW is made.
+        """
+        factors = getattr(self, "factors", None)
+        if factors is None:
+            return m.apply(x, self.fold(self.weight().to(h.dtype), None)[0].t().to(h.dtype))
+        a, b, s = factors(h)
+        z = m.down(x, b.t())
+        return m.up(z * s if s != 1 else z, a.t())
+
     def value(self, p: Tensor) -> Tensor:
         """p + dW, where the model reads the weight itself and no call of the map can be met; its bias stays."""
         return p + self.map.stored(self.fold(self.map.canonical(p), None)[0].to(p.dtype), p)
@@ -156,6 +170,9 @@ class DeltaPart(MapPart):
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.delta().to(w.dtype), None
 
+    def across(self, m: Map, x: Tensor, h: Tensor) -> Tensor:
+        return m.apply(x, self.cast(self.delta(), h).t())
+
 
 class InputPart(MapPart):
     """Adds `inward(x)` to the input of a map."""
@@ -164,6 +181,13 @@ class InputPart(MapPart):
 
     def inward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def across(self, m: Map, x: Tensor, h: Tensor) -> Tensor:
+        if not m.looked_up:
+            return super().across(m, x, h)
+        # what changes the input does the same to every row of W, so only the rows that are looked up are changed
+        rows = m.looked(x, self.weight().to(h.dtype))
+        return self.fold(rows.flatten(0, -2), None)[0].to(h.dtype).unflatten(0, x.shape)
 
 
 class TensorPart(Part):

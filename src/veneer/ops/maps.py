@@ -41,10 +41,12 @@ class Map:
 
     out_dim   the dimension of y that holds the output features
     plain     x holds features in its last dimension and y = W x is one product, so W may be applied by its factors
+    looked_up x holds numbers of columns, which are looked up
     """
 
     out_dim = -1
     plain = True
+    looked_up = False
 
     def __init__(self, site: Site, module: Any) -> None:
         self.slice = site.slice
@@ -134,6 +136,7 @@ class Embedding(Map):
     """x holds ids; W is (d, V), the transpose of what is stored."""
 
     plain = False
+    looked_up = True
 
     def __init__(self, site: Site, module: Any) -> None:
         super().__init__(site, module)
@@ -144,7 +147,11 @@ class Embedding(Map):
         self.read_by_others |= scale is None and own_class(module).forward is not torch.nn.Embedding.forward  # type: ignore[attr-defined]
 
     def apply(self, x: Tensor, w: Tensor) -> Tensor:
-        return F.embedding(x, w.t()) * self.scale if self.scale != 1.0 else F.embedding(x, w.t())
+        return self.looked(x, w.t())
+
+    def looked(self, x: Tensor, table: Tensor) -> Tensor:
+        """Rows of `table` (V, d), scaled as the module scales its own."""
+        return F.embedding(x, table) * self.scale if self.scale != 1.0 else F.embedding(x, table)
 
     def canonical(self, w: Tensor) -> Tensor:
         return w.t()
