@@ -131,7 +131,7 @@ MADE_HERE: dict[str, tuple[str, Callable[[], vn.Plan]]] = {
     "bert-head": ("bert", lambda: vn.LoRA(4) + vn.Full(at="head")),
     "roberta-head": ("roberta", lambda: vn.LoRA(4, at="attn.{q,k}") + vn.Full(at="head")),
     "biases": ("bert", lambda: vn.LoRA(4) + vn.BitFit()),
-    "biases-head": ("gpt2", lambda: vn.LoRA(4) + vn.BitFit(at="attn,norm") + vn.Full(at="name:lm_head")),
+    "biases-head": ("gpt2", lambda: vn.LoRA(4) + vn.BitFit(at="attn,norm") + vn.Full(at="name:lm_head", tied=False)),
     "ranks": ("llama", lambda: vn.LoRA(4, at="attn.q") + vn.LoRA(2, alpha=7, at="attn.v,ffn.down") + vn.LoRA(3, at="attn.v@0")),
     "embeddings": ("llama", lambda: vn.LoRA(4, at="embed,attn.o")),
     "slices": ("gpt2", lambda: vn.LoRA(4)),

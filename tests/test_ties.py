@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import veneer as vn
-from helpers import look, shake
+from helpers import look, refuses, shake
+from test_peft_format import logits, quietly, shaken
 from zoo import VOCAB, ZOO
 
 
@@ -127,6 +128,37 @@ def test_one_change_of_a_tied_table_for_one_method() -> None:
     assert [p.site.path for p in adapter.parts] == ["model.embed_tokens"]
     assert len(vn.attach(ZOO["llama"].build(), vn.LoRA(2, at="embed,head")).parts) == 2
     assert len([p for p in vn.attach(tied("gpt2")[0], vn.Full(at="embed,head")).parts if p.echoes]) == 1
+
+
+@pytest.mark.parametrize("plan", [vn.LoRA(2, at="embed", tied=False), vn.LoRA(2, at="embed,head", tied=False), vn.Full(at="head", tied=False)], ids=str)
+def test_at_the_named_site_alone_where_asked(plan: Any) -> None:
+    model, inputs = tied("llama")
+    adapter = shake(vn.attach(model, plan))
+    assert not any(p.echoes for p in adapter.parts)
+    with refuses(vn.MergeError, "tied to", "tie_word_embeddings=False", model=model):
+        vn.merge(model)
+
+
+@pytest.mark.parametrize("saved", [{"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}], ids=str)
+def test_a_file_of_pefts_acts_where_peft_does(saved: dict[str, Any], tmp_path: Any) -> None:
+    import peft
+
+    model, inputs = tied("llama")
+    theirs = shaken(model, peft.LoraConfig(r=2, **saved))
+    expected = logits(theirs, inputs)
+    quietly(theirs.save_pretrained, tmp_path)
+    here, _ = tied("llama")
+    adapter = vn.load(here, tmp_path, name="a")
+    torch.testing.assert_close(look(here, inputs), expected, atol=1e-5, rtol=1e-4)
+    assert any(m.tied is False for m in adapter.plan.leaves())
+    vn.save(here, tmp_path / "native", name="a")
+    again, _ = tied("llama")
+    vn.load(again, tmp_path / "native")
+    assert torch.equal(look(again, inputs), look(here, inputs))
+    both, _ = tied("llama")
+    vn.attach(both, vn.LoRA(2, at="embed"), name="a")
+    with refuses(vn.CapabilityError, "acts at both here", "tied=False", model=both):
+        vn.save(both, tmp_path / "peft", name="a", format="peft")
 
 
 def test_two_adapters_add_and_rows_are_routed() -> None:

@@ -31,16 +31,17 @@ def make_parts(
     for i, term in enumerate(plan.terms()):
         build = Build(model, gated=term.unscaled, dtype=dtype, tokenizer=tokenizer, blank=blank, probe=probe)
 
-        def sites(at: str | None, port: str, default: str, kinds: tuple[str, ...] = term.method.kinds) -> list[Site]:
+        def sites(at: str | None, port: str, default: str, kinds: tuple[str, ...] = term.method.kinds, tied: bool = term.method.tied) -> list[Site]:
             why = "" if any(s.port == port for s in found) else resolve.why_not(model, port)
             able = [s for s in found if s.port != "weight" or not kinds or s.kind in kinds]
-            return once(model, select(able, at or default, port=port, default=at is None, why=why))
+            chosen = select(able, at or default, port=port, default=at is None, why=why)
+            return once(model, chosen) if tied else chosen
 
         try:
             for site, part in term.method.parts(sites, build):
                 part.stage, part.method_name = term.stage, term.method.name
                 part.term = i
-                part.tied = getattr(term.method, "tied", True)
+                part.tied = term.method.tied
                 if term.gate is not None and part.acts:
                     part.gate = term.gate.make(site, part, entry_width(site, part, model), like(build, site), term.member, shared)
                     part.published = term.gate.gate == "published" and part.acts == "kv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ class Echo:
     """
 
     reads_state = published = visible = False
+    places = None
 
     def __init__(self, part: Part, site: Site, module: nn.Module) -> None:
         self.part, self.site = part, site
@@ -60,6 +62,9 @@ class Echo:
             return self.part.deviation(x, h)  # type: ignore[attr-defined]
         assert isinstance(self.part, MapPart) and self.map is not None
         return self.part.across(self.map, x, h)
+
+    def idle(self) -> bool:
+        return self.part.idle()
 
     def value(self, p: Tensor) -> Tensor:
         return self.part.value(p)  # type: ignore[attr-defined]
@@ -109,3 +114,10 @@ def once(model: nn.Module, sites: list[Site]) -> list[Site]:
         seen.add(key)
         out.append(s)
     return out
+
+
+def shared(model: nn.Module, sites: Iterable[Site]) -> bool:
+    """Whether another module holds a tensor of one of `sites`."""
+    held = Ties(model).held
+    tensors = [module_at(model, s.path)._parameters.get(s.tensor or "weight") for s in sites if s.port in ("weight", "param")]
+    return any(p is not None and len(held[id(p)]) > 1 for p in tensors)

@@ -65,6 +65,7 @@ class Method(Plan):
     identity_at_init: ClassVar[bool] = True
     routable: ClassVar[bool] = True
     gateable: ClassVar[bool] = True
+    tied: ClassVar[bool] = True  # a tensor that several modules hold is changed once, for all of them
     needs_data: ClassVar[bool] = False  # vn.attach must be given batches
     default_at: ClassVar[str] = ""
     kinds: ClassVar[tuple[str, ...]] = ()  # of maps that it can change (see Site); () is all

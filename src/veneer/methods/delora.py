@@ -51,6 +51,8 @@ class DeLoRA(Method):
 
 
 class DeLoRAPart(MapPart):
+    norm: Tensor
+
     def __init__(self, site: Site, build: Build, m: DeLoRA) -> None:
         super().__init__(site, build)
         new = like(build, site)

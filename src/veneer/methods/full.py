@@ -20,6 +20,9 @@ class Full(Method):
 
     at        which modules' tensors: 'head' for a freshly initialised head, 'norm', 'ffn.*@-1:', 'all', …
 
+    tied      a tensor that several modules hold stays one: its copy is used by all of them. False: by the named one alone,
+              as with Hugging Face PEFT's modules_to_save, and then it cannot be merged
+
     The copies are saved whole, so a head that was initialised at random is the same after loading on a base whose head
     came out otherwise. Parameters: as many as the tensors have. Raises: SiteError.
     """
@@ -32,8 +35,10 @@ class Full(Method):
     default_at = "head"
 
     at: str | None = "head"
+    tied: bool = True  # type: ignore[misc]
 
     def __post_init__(self) -> None:
+        self._bool(tied=self.tied)
         self._pattern()
 
     def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:

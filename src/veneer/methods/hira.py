@@ -15,7 +15,7 @@ from .parts import MapPart, Part, like
 
 @dataclass(frozen=True)
 class HiRA(Method):
-    """Hadamard high-rank adaptation (Huang et al., ICLR 2025).
+    """Hadamard high-rank adaptation (Huang et al., ICLR 2025, OpenReview TwJrTz9cRS).
 
         y = (W + W ⊙ (B A)) x + b,   A (r, in), B (out, r)
 

@@ -45,6 +45,8 @@ class LoRA(Method):
     freeze_a  A stays as it starts, and half of the optimiser's state with it: LoRA-FA (Zhang et al. 2023, arXiv 2308.03303)
     ranks     patterns of sites -> r, where it is not the same everywhere: {'ffn.*': 4}; the first that matches counts
     alphas    the same for alpha
+    tied      at a table that other modules hold too (a tied head), act there too; False: at the named site alone, as
+              Hugging Face PEFT does, and then it cannot be merged
     rho       'eva': no map's rank grows over rho · r; 2 as in the paper. 1: no dealing out
     niter     'pissa', 'lora-ga': iterations of a randomised SVD; None (default) is the exact one, 16 PiSSA's fast one
 
@@ -72,13 +74,14 @@ class LoRA(Method):
     alphas: dict[str, float] | None = field(default=None, hash=False)
     rho: float = 2.0
     niter: int | None = None
+    tied: bool = True  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self._positive(r=self.r)
         self._share(dropout=self.dropout)
         self._one_of(self.starts, init=self.init)
         self._pattern()
-        self._bool(rank_stabilized=self.rank_stabilized, freeze_a=self.freeze_a)
+        self._bool(rank_stabilized=self.rank_stabilized, freeze_a=self.freeze_a, tied=self.tied)
         self._finite(b_rate=self.b_rate, rho=self.rho, **({} if self.alpha is None else {"alpha": self.alpha}))
         if self.b_rate <= 0 or self.rho < 1:
             raise self._fail(f"b_rate must be positive and rho at least 1, not {self.b_rate!r} and {self.rho!r}")

@@ -50,6 +50,7 @@ class Part(nn.Module):
     gate: Gate | None
     cell: Any
     owner: Any
+    echoes: list[Any]
     seen: Any
     bank: Any
 

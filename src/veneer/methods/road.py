@@ -24,8 +24,8 @@ class RoAd(Method):
     variant   1: one α and θ for a pair; 2: one for each of the four entries' rows; 4: one for each of the four entries
     group     outputs in a group; 64 by default, as in PEFT, or all of them where 64 does not divide their number
 
-    α = 1 and θ = 0 at the start. Parameters: out for each map (variants 2 and 4: 2 out, 4 out). Merges; costs two products of
-    vectors, and rows of a batch may use their own. Raises: PlanError for a group that is odd or does not divide the outputs.
+    α = 1 and θ = 0 at the start. Parameters: out for each map (variants 2 and 4: 2 out, 4 out). Merges; costs two products
+    of vectors. Raises: PlanError for a group that is odd or does not divide the outputs.
     """
 
     name = "road"

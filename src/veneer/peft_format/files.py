@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from ..attach import attach, check_name, detach, state_of
 from ..errors import AdapterError, CapabilityError, StoreError, VeneerError, did_you_mean
 from ..plan import Plan, Sum
 from ..store import read_json, read_tensors, write_folder, write_whole
+from ..ties import shared
 from . import ia3, lora, soft, whole
 from .config import Draft, Source, check_fields, task_of
 
@@ -121,6 +122,12 @@ def _drafts(source: Source, codec: Codec) -> list[Draft]:
     if not drafts:
         raise source.fail(f"there is no tensor of {codec.peft_type} in {WEIGHTS}", "The file is not whole; take another copy")
     drafts += whole.rest(source)
+    for draft in drafts:  # PEFT acts at the module that it names, and not at those that hold the same tensor
+        if shared(source.model, draft.values):
+            if any(f.name == "tied" for f in fields(draft.method)):  # type: ignore[arg-type]
+                draft.method = replace(draft.method, tied=False)  # type: ignore[type-var]
+            elif any(s.port == "weight" for s in draft.values):
+                raise source.fail(f"{draft.method.name} changes a tied tensor at one of its modules, which cannot be done here")
     if source.tensors:
         raise source.fail(f"there is a tensor {next(iter(source.tensors))!r}, which {codec.peft_type} does not have")
     return drafts
@@ -145,6 +152,12 @@ def save_peft(model: nn.Module, path: Path, record: Record) -> Path:
     Raises: CapabilityError for what PEFT cannot express: gates, stacks, methods it lacks, and mixtures of its types.
     """
     codec, parts = _codec(record)
+    both = next((p for p in record.parts if p.echoes), None)
+    if both is not None:
+        raise CapabilityError(
+            f"{both.site.path!r} holds the tensor of {both.echoes[0].site.path!r}: {both.method_name} acts at both here, and at one of them in PEFT",
+            fix="Save it in the native format, or train it with tied=False",
+        )
     fields, tensors = codec.write(model, parts)
     left = {id(p) for p in parts if f"{p.site.path}.ln_tuning_layers.{p.site.tensor}" in tensors or p.method_name != "full"}
     extra = [p for p in record.parts if id(p) not in left]
