@@ -162,9 +162,7 @@ def main() -> None:
             seconds, weights[name] = arm()
             times[name].append(seconds)
             print(json.dumps({"what": name, "ms_a_step": round(1000 * seconds, 2), "repeat": i}), flush=True)
-    worst = {
-        n: max(float((weights["together"][n][k] - w).abs().max()) for k, w in weights["apart"][n].items()) for n in plans
-    }
+    worst = {n: max(float((weights["together"][n][k] - w).abs().max()) for k, w in weights["apart"][n].items()) for n in plans}
     a, b = statistics.median(times["together"]), statistics.median(times["apart"])
     print(json.dumps({"what": "result", "together_ms": round(1000 * a, 2), "apart_ms": round(1000 * b, 2), "times_faster": round(b / a, 3)}), flush=True)
     print(json.dumps({"what": "largest difference of a weight", **{n: float(f"{v:.2e}") for n, v in worst.items()}}), flush=True)
