@@ -9,20 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from bases import EXAMPLES, example, make_bases, make_data
+from bases import EXAMPLES, example
 from veneer.train.config import TaskName, make_config
 from veneer.train.run import read_run, run
 from veneer.train.tasks import TASKS, find_task
-
-
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory):
-    return make_bases(tmp_path_factory.mktemp("bases"))
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 class Break(TrainerCallback):
@@ -37,8 +27,8 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("name", [e.stem for e in EXAMPLES])
-def test_an_example_runs_and_goes_on_after_a_break(bases, data, tmp_path, name):
-    settings = example(name, bases, data, tmp_path / "whole", checkpoint_every=2)
+def test_an_example_runs_and_goes_on_after_a_break(small, tmp_path, name):
+    settings = example(name, *small, tmp_path / "whole", checkpoint_every=2)
     result = run(make_config(settings), quiet=True)
     found = read_run(tmp_path / "whole")
     losses = [e["loss"] for e in found["result"]["log"] if "loss" in e]

@@ -7,12 +7,12 @@ import sys
 import typer
 
 from ..errors import VeneerError
-from . import chat, compare, convert, demo, doctor, eval, export, init, inspect, merge, methods, predict, report, schema, train
+from . import chat, compare, convert, demo, doctor, eval, export, init, inspect, merge, methods, predict, preview, report, schema, train
 
 GROUPS = {
     "Set up": (init, doctor, schema),
     "Look": (inspect, methods, demo),
-    "Train": (train, report, compare),
+    "Train": (preview, train, report, compare),
     "Use": (predict, chat, eval, merge, export, convert),
 }
 

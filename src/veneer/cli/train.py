@@ -20,19 +20,19 @@ def command(
     from ..train.config import load_config
 
     settings = load_config(config, overrides)
-    from ..summary import summary
-    from ..train.run import prepare, run
-
     console = Console()
     if dry_run:
-        from ..train.rates import rate_of
+        from ..train.preview import preview
+        from .preview import show
 
-        p = prepare(settings)
-        console.print(str(summary(p.model)), highlight=False, markup=False, soft_wrap=True)
-        console.print(f"{len(p.train)} training rows, {len(p.evaluation)} evaluation rows, labels: {', '.join(p.labels) or '-'}", markup=False)
-        console.print(f"learning rate {settings.learning_rate or rate_of(p.plan)}; would write {settings.output}", markup=False)
+        show(preview(settings, rows=0), console)
         return
+    from ..train.run import run
+
     result = run(settings)
     found = ", ".join(f"{k} {v:.4f}" for k, v in result.metrics.items())
     console.print(f"{found}; {result.trainable:,} trainable parameters ({100 * result.share:.3f}% of the base) in {result.seconds:.0f} s", markup=False)
     console.print(f'veneer predict {result.output} "…"', markup=False, soft_wrap=True)
+    if result.stopped:
+        typer.echo(f"veneer: stopped early: {result.stopped}. The last good state is kept. Try a smaller learning_rate, or look at the data", err=True)
+        raise typer.Exit(1)

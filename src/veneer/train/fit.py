@@ -56,6 +56,23 @@ def estimate(trainer: Any, row: dict[str, Any]) -> Estimate:
     return Estimate(weights, trained * ADAM, sum(kept.values()), free_memory(next(model.parameters()).device))
 
 
+def roomy(trainer: Any, row: dict[str, Any], rows: int) -> bool:
+    """Whether `rows` rows like `row` fit by the estimate; not where even measuring one runs out of memory."""
+    try:
+        return estimate(trainer, row).fits(rows)
+    except (RuntimeError, MemoryError) as e:
+        if not ran_out(e):
+            raise
+        return False
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that the memory was too small."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, Exception) and should_reduce_batch_size(error)
+
+
 def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -80,14 +97,14 @@ def find_micro_batch(trainer: Any, rows: list[dict[str, Any]], batch: int) -> in
 
     Raises: ConfigError where one row alone does not fit.
     """
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+    from accelerate.utils.memory import clear_device_cache
 
     for micro in (n for n in range(batch, 0, -1) if batch % n == 0):
         try:
             _try(trainer, rows[:micro])
             return micro
         except (RuntimeError, MemoryError) as e:
-            if not (should_reduce_batch_size(e) or isinstance(e, (torch.OutOfMemoryError, MemoryError))):
+            if not ran_out(e):
                 raise
         trainer.model.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)

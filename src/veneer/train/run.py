@@ -17,7 +17,7 @@ from ..report.run import CONFIG, as_yaml, report
 from ..store import save, write_whole
 from ..summary import summary
 from .config import TrainConfig
-from .fit import estimate, find_micro_batch
+from .fit import find_micro_batch, roomy
 from .folder import ADAPTER, CHECKPOINTS, PROCESSOR, RUN, check_folder, read_run, write
 from .observe import Seen, hardware, observe
 from .prepare import Prepared, load_model, prepare, tables
@@ -104,6 +104,7 @@ def make_trainer(p: Prepared, output: Path, batch: Batch, callbacks: list[Any], 
             log_level="error" if quiet else "passive",
         )
     )
+    args.gradient_checkpointing = False  # `checkpoint` does it, where the estimate says so; trl's default is True
     trainer = task.trainer()(
         model=p.model, args=args, train_dataset=p.train, eval_dataset=p.evaluation, data_collator=task.collator(),
         compute_metrics=Seen(task.scores) if task.scores is not None else None, callbacks=callbacks, processing_class=p.tokenizer,
@@ -119,8 +120,8 @@ def make_trainer(p: Prepared, output: Path, batch: Batch, callbacks: list[Any], 
 def fitted(p: Prepared, trainer: Any, batch: Batch) -> Batch:
     """The batch as the memory has room for it: the longest rows first, then fewer at a time."""
     rows = longest_rows(p, trainer, batch.micro)
-    auto = p.config.gradient_checkpointing == "auto"
-    on = not estimate(trainer, rows[0]).fits(batch.micro) if auto and not batch.checkpointing else batch.checkpointing
+    auto = p.config.gradient_checkpointing == "auto" and getattr(p.model, "supports_gradient_checkpointing", False)
+    on = batch.checkpointing or auto and not roomy(trainer, rows[0], batch.micro)
     if on:
         checkpoint(p.model)
     batch = Batch(batch.micro, batch.accumulate, on)

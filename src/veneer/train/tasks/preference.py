@@ -117,7 +117,7 @@ class Preference(Task):
     def arguments(self) -> tuple[type, dict[str, Any]]:
         from trl import DPOConfig
 
-        return DPOConfig, {"beta": self.config.beta, "precompute_ref_log_probs": True, "max_length": self.longest, "gradient_checkpointing": False}
+        return DPOConfig, {"beta": self.config.beta, "precompute_ref_log_probs": True, "max_length": self.longest}
 
 
 def _start(labels: list[int]) -> int:

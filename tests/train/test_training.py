@@ -1,0 +1,243 @@
+"""Training: memory, losses that leap, Ctrl-C, a full disk, early stopping; each on real runs of small models."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import veneer as vn
+from bases import example
+from veneer.train import fit
+from veneer.train.config import make_config
+from veneer.train.quantize import quantization
+from veneer.train.rates import DEFAULT, RATES, choose, rate_of
+from veneer.train.run import read_run, run
+
+CLASSES = {"classify": tf.BertForSequenceClassification, "language_model": tf.LlamaForCausalLM, "embeddings": tf.BertModel}
+
+
+def weights(folder):
+    return load_file(next((folder / "adapter").glob("adapter-*.safetensors")))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def near(a, b):
+    return a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-3, atol=2e-5) for k in a)
+
+
+def calm(small, out, name="classify", **changes):
+    """No dropout, so that how a batch is divided changes nothing but rounding; LoRA, and no choice among checkpoints."""
+    settings = example(name, *small, out, plan={"method": "lora"}, choose_best=False, learning_rate=1e-3, **changes)
+    config = tf.AutoConfig.from_pretrained(settings["model"])
+    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    folder = out.parent / f"{name}-calm"
+    if not folder.exists():
+        CLASSES[name].from_pretrained(settings["model"]).save_pretrained(folder)
+        config.save_pretrained(folder)
+        tf.AutoTokenizer.from_pretrained(settings["model"]).save_pretrained(folder)
+    return make_config(settings | {"model": str(folder)})
+
+
+def crowded(monkeypatch, cls, most, times=10**9):
+    """`cls` runs out of memory with more than `most` rows, as a GPU does."""
+    own, left = cls.forward, [times]
+
+    def forward(self, *args, **kwargs):
+        rows = kwargs["input_ids"].shape[0]
+        if torch.is_grad_enabled() and rows > most and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return own(self, *args, **kwargs)
+
+    forward.__signature__ = __import__("inspect").signature(own)
+    monkeypatch.setattr(cls, "forward", forward)
+
+
+@pytest.mark.parametrize("name", ["classify", "language_model"])
+def test_out_of_memory_divides_the_batch_and_changes_nothing_else(small, tmp_path, monkeypatch, name):
+    """8 rows at once, and 2 rows 4 times: the same steps, for a mean over rows and for one over tokens."""
+    run(calm(small, tmp_path / "whole", name), quiet=True)
+    crowded(monkeypatch, CLASSES[name], 3)
+    run(calm(small, tmp_path / "parts", name), quiet=True)
+    assert read_run(tmp_path / "whole")["batch"]["micro"] == 8
+    assert read_run(tmp_path / "parts")["batch"] == {"micro": 2, "accumulate": 4, "checkpointing": False}
+    assert near(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_out_of_memory_later_begins_again_with_less(small, tmp_path, monkeypatch):
+    run(calm(small, tmp_path / "whole"), quiet=True)
+
+    class Later(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1 and args.per_device_train_batch_size == 8:
+                crowded(monkeypatch, CLASSES["classify"], 7)
+
+    run(calm(small, tmp_path / "parts"), quiet=True, callbacks=[Later()])
+    assert read_run(tmp_path / "parts")["batch"]["micro"] == 4
+    assert near(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_out_of_memory_where_nothing_smaller_would_be_the_same(small, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        crowded(patch, tf.BertModel, 8)  # 8 rows of two texts
+        with pytest.raises(vn.ConfigError, match="8 rows do not fit.*compares the rows.*batch_size=4"):
+            run(make_config(example("embeddings", *small, tmp_path / "a")), quiet=True)
+    crowded(monkeypatch, tf.BertForSequenceClassification, 0)
+    with pytest.raises(vn.ConfigError, match="not even one row.*max_length"):
+        run(calm(small, tmp_path / "b"), quiet=True)
+
+
+def test_the_longest_rows_are_tried_first_and_leave_no_trace(small, tmp_path, monkeypatch):
+    seen = []
+    own = fit._try
+    monkeypatch.setattr(fit, "_try", lambda trainer, rows: (seen.append([len(r["input_ids"]) for r in rows]), own(trainer, rows))[1])
+    config = make_config(example("classify", *small, tmp_path / "a", choose_best=False))
+    result = run(config, quiet=True)
+    every = sorted((len(ids) for ids in result.evaluation["input_ids"]), reverse=True)
+    assert len(seen) == 1 and seen[0] == sorted(seen[0], reverse=True) and seen[0][0] >= every[0] - 40
+    monkeypatch.setattr(fit, "_try", lambda trainer, rows: None)
+    run(config.model_copy(update={"output": str(tmp_path / "b")}), quiet=True)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_gradients_are_checkpointed_where_the_estimate_says_so(small, tmp_path, monkeypatch):
+    run(calm(small, tmp_path / "a", "language_model"), quiet=True)
+    monkeypatch.setattr(fit, "free_memory", lambda device: 1 << 20)
+    run(calm(small, tmp_path / "b", "language_model"), quiet=True)
+    assert read_run(tmp_path / "b")["batch"]["checkpointing"] and not read_run(tmp_path / "a")["batch"]["checkpointing"]
+    assert near(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def spoiled(monkeypatch, factor, after):
+    """The loss of every call in training after `after` of them times `factor`."""
+    own, calls = tf.BertForSequenceClassification.forward, [0]
+
+    def forward(self, *args, **kwargs):
+        out = own(self, *args, **kwargs)
+        calls[0] += self.training and torch.is_grad_enabled()
+        if calls[0] > after and self.training:
+            out.loss = out.loss * factor
+        return out
+
+    forward.__signature__ = __import__("inspect").signature(own)
+    monkeypatch.setattr(tf.BertForSequenceClassification, "forward", forward)
+
+
+@pytest.mark.parametrize(("factor", "says"), [(math.nan, "the loss is nan at step 9"), (50.0, "the loss leaps to .* at step 9, 3 times its highest")])
+def test_a_loss_that_leaps_ends_the_run_with_the_last_good_state(small, tmp_path, monkeypatch, factor, says):
+    import re
+
+    run(calm(small, tmp_path / "eight", max_steps=12, warmup=0.0, checkpoint_every=1), quiet=True, callbacks=[_stop_at(8)])
+    spoiled(monkeypatch, factor, 10)  # two calls before the first step
+    result = run(calm(small, tmp_path / "a", max_steps=12, warmup=0.0, checkpoint_every=1), quiet=True)
+    assert re.search(says, result.stopped) and read_run(tmp_path / "a")["result"]["stopped"] == result.stopped
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "eight"))
+
+
+def _stop_at(step):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == step
+
+    return Stop()
+
+
+def test_a_loss_that_is_never_a_number_says_so(small, tmp_path, monkeypatch):
+    spoiled(monkeypatch, math.nan, 0)
+    with pytest.raises(vn.ConfigError, match="the loss is nan at step 1, before.*learning_rate"):
+        run(calm(small, tmp_path / "a"), quiet=True)
+    assert not (tmp_path / "a" / "adapter").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_the_same_command_goes_on(small, tmp_path, number):
+    settings = example("classify", *small, tmp_path / "whole", max_steps=4, choose_best=False)
+    run(make_config(settings), quiet=True)
+
+    class Press(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), number)
+
+    cut = make_config(settings | {"output": str(tmp_path / "cut")})
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, quiet=True, callbacks=[Press()])
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    run(cut, quiet=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(small, tmp_path, monkeypatch):
+    settings = example("classify", *small, tmp_path / "whole", max_steps=4, choose_best=False, checkpoint_every=2)
+    run(make_config(settings), quiet=True)
+    cut = make_config(settings | {"output": str(tmp_path / "cut")})
+    own = torch.save
+
+    def full(thing, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            raise OSError(28, "No space left on device")
+        return own(thing, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(vn.StoreError, match="No space left.*same command goes on"):
+            run(cut, quiet=True)
+    run(cut, quiet=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_early_stopping_and_the_best_checkpoint(small, tmp_path):
+    settings = example("classify", *small, tmp_path / "a", max_steps=20, checkpoint_every=1, early_stopping=2, learning_rate=1e-9)
+    result = run(make_config(settings), quiet=True)
+    log = read_run(tmp_path / "a")["result"]["log"]
+    scores = [e["eval_macro_f1"] for e in log if "eval_macro_f1" in e]
+    assert len(scores) == 4 and result.metrics["macro_f1"] == max(scores)  # the first, two that are no better, and the last word
+    with pytest.raises(vn.ConfigError, match="early_stopping needs evaluations"):
+        run(make_config(settings | {"output": str(tmp_path / "b"), "choose_best": False}), quiet=True)
+
+
+def test_rates_have_sources():
+    assert rate_of(vn.LoRA(8) + vn.Full(at="head")) == RATES["lora"][0] and rate_of(vn.Full(at="head")) == RATES["full"][0]
+    assert choose(vn.Prefix(3) + vn.Bottleneck(4))[1].startswith("bottleneck: UniPELT")
+    assert all(0 < rate < 1 and source for rate, source in (*RATES.values(), DEFAULT))
+    assert set(RATES) <= {m.name for m in vn.methods()}
+
+
+def test_a_quantiser_that_is_not_there_is_named(small, tmp_path, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
+    monkeypatch.setattr("veneer.train.quantize.find_spec", lambda name: None)
+    for name, package in (("nf4", "bitsandbytes"), ("torchao-int8", "torchao")):
+        with pytest.raises(vn.ConfigError, match=f"quantization={name} needs the package '{package}'.*veneer.gpu"):
+            quantization(name)
+    assert quantization(None) == {}
+    with pytest.raises(vn.ConfigError, match="quantization cannot be 'nf5'.*nf4"):
+        make_config({"model": "m", "data": {"train": "t"}, "quantization": "nf5"})
+
+
+def test_run_json_says_how_the_data_came_out(small, tmp_path):
+    settings = example("regression", *small, tmp_path / "a")
+    settings["data"] = {"train": small[1]["scores"], "on_error": "skip"}
+    run(make_config(settings), quiet=True)
+    found = json.loads((tmp_path / "a" / "run.json").read_text())["data"]
+    assert found["format"] == "text-label" and found["train"]["skipped"] + found["eval"]["skipped"] == 1
+    reason = (found["train"]["reasons"] + found["eval"]["reasons"])[0]
+    assert "'much' is no number" in reason and "scores.csv, line" in reason
+    with pytest.raises(vn.DataError, match="'much' is no number.*scores.csv, line"):
+        run(make_config(settings | {"output": str(tmp_path / "b"), "data": settings["data"] | {"on_error": "stop"}}), quiet=True)
+    assert not (tmp_path / "b").exists()
