@@ -73,7 +73,7 @@ def _split(row):
     [
         (MODELS["llama"], vn.PromptTuning(2), "prompt stands before the first sequence"),
         (MODELS["llama"], vn.gated(vn.LoRA(2)), "a gate for each example would mix"),
-        (lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)), vn.LoRA(2, at="linear"), "mix"),
+        (lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)), vn.LoRA(1, at="linear"), "mix"),
     ],
 )
 def test_what_would_mix_sequences_is_refused(build, plan, says):
