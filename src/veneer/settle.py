@@ -113,6 +113,7 @@ def settle(
     _choose(rows, keep, threshold)
     kept = {(r["method"], r["module"]) for r in rows if r["kept"]}
     stay = [p for p in record.parts if p.gate is None or (p.method_name, p.site.role) in kept]
+    stay = [p for p in stay if p.acts or any(q.bank is p for q in stay)]  # a bank goes with the last part that uses it
     before = sum(q.numel() for p in record.parts for q in p.parameters())
     undo = _remember(model, state, record)
     try:
@@ -241,7 +242,7 @@ def _static(model: nn.Module, plan: Plan, parts: list[Any]) -> Plan:
             members = [q for m in p.inside() if (q := walk(m)) is not None]
             return p.dissolve(members) if members else None
         i, term = next(terms)
-        mine = [q for q in parts if q.term == i]
+        mine = [q for q in parts if q.term == i and q.acts]
         if not mine:
             return None
         method = term.method
@@ -257,7 +258,7 @@ def _static(model: nn.Module, plan: Plan, parts: list[Any]) -> Plan:
 
     term_count: dict[int, int] = {}
     for q in make_parts(model, plan, blank=True):
-        term_count[q.term] = term_count.get(q.term, 0) + 1
+        term_count[q.term] = term_count.get(q.term, 0) + bool(q.acts)
     out = walk(plan)
     assert out is not None
     return out

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..sites import Site
-from .parts import MapPart
+from .base import Build, Method
+from .parts import Bank, MapPart, Part, like, module_at
 
 
 class LowRankPart(MapPart):
@@ -44,6 +49,11 @@ class LowRankPart(MapPart):
         down, up = self.pair()
         return self.scale * (up.to(w.dtype) @ down.to(w.dtype)), None
 
+    def shared(self, name: str) -> Tensor:
+        """A tensor of the method's bank, where this part's own are."""
+        own = next(iter(self.state_dict(keep_vars=True).values()))
+        return getattr(self.bank, name).to(own.device)
+
     def _scaled(self, c: float, *names: str) -> bool:
         with torch.no_grad():
             for name in names:
@@ -56,3 +66,52 @@ def check_rank(who: str, r: int, site: Site) -> None:
     full = min(site.out, site.inp)
     if r > full:
         raise PlanError(f"{who}: rank {r} is over the rank {full} of the {site.out} x {site.inp} matrix", where=site.path, fix=f"Use r={full} or less")
+
+
+def lead(site: Site) -> tuple[int, ...]:
+    """The dimensions in front of a site's matrices: experts."""
+    return (site.experts,) if site.experts else ()
+
+
+def kaiming(t: Tensor, fan: int, gain: float = 1 / math.sqrt(3)) -> Tensor:
+    """U(-k, k), k = gain · sqrt(3 / fan); the default gain gives LoRA's 1/sqrt(fan), sqrt(2) He's for ReLUs."""
+    k = gain * math.sqrt(3 / fan)
+    return t.uniform_(-k, k) if not t.is_meta else t
+
+
+class Projections(Bank):
+    """Matrices that all parts of a method use, each as large as the largest map needs; a smaller map takes the leading
+    rows or columns. `trained` are parameters, the others are saved and stay."""
+
+    def __init__(self, build: Build, trained: tuple[str, ...] = (), **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.trained = trained
+        self.__dict__["new"] = like(build, self.site)
+        for name, shape in shapes.items():
+            self._hold(name, shape)
+
+    def _hold(self, name: str, shape: tuple[int, ...]) -> None:
+        zeros = torch.zeros(shape, **self.new)  # type: ignore[arg-type]
+        if name in self.trained:
+            self.register_parameter(name, nn.Parameter(zeros))
+        else:
+            self.frozen(name, zeros)
+
+    def unfold(self, saved: dict[str, Any]) -> None:
+        """Take a file's larger matrices: what is left of an adapter after vn.settle may need less of them."""
+        for name, own in list(self.state_dict(keep_vars=True).items()):
+            t = saved.get(name)
+            if t is not None and t.dim() == own.dim() and t.shape != own.shape and all(a >= b for a, b in zip(t.shape, own.shape, strict=True)):
+                self._hold(name, tuple(t.shape))
+
+
+def with_bank(m: Method, sites: Callable[..., list[Site]], build: Build, bank_of: Callable[[list[Site]], Bank]) -> Iterator[tuple[Site, Part]]:
+    """What Method.parts yields for a method whose parts share the bank that `bank_of` makes for the chosen sites."""
+    chosen = sites(m.at, "weight", m.default_at)
+    bank = bank_of(chosen)
+    yield bank.site, bank
+    for site in chosen:
+        build.module = module_at(build.model, site.path)
+        part = m.part(site, build)
+        part.__dict__["bank"] = bank
+        yield site, part
