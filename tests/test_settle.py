@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -256,3 +258,81 @@ def test_no_random_numbers_are_drawn() -> None:
     dice = torch.random.get_rng_state()
     vn.settle(model, [inputs], keep=2)
     assert torch.equal(dice, torch.random.get_rng_state())
+
+
+def test_a_latency_of_nothing_keeps_what_merges() -> None:
+    model, inputs, adapter = ready(prefix=3.0, bottleneck=2.0, lora=-2.0)
+    report = vn.settle(model, [inputs], keep="latency:+0%")
+    assert {r["method"] for r in report.parts if r["merges"]} == {r["method"] for r in report.parts if r["kept"]} == {"lora"}
+    assert report.latency == 0.0 and report.plan == vn.LoRA(2, alpha=2) + vn.Full(at="head")
+    after = look(model, inputs)
+    vn.merge(model)
+    torch.testing.assert_close(look(model, inputs), after, atol=1e-5, rtol=1e-4)
+
+
+def test_a_latency_is_measured_and_limits_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Best first: the prefix is taken while the time allows it, the bottleneck no more, and what merges is free."""
+    asked: list[set[str]] = []
+
+    def clock(model: Any, state: Any, record: Any, on: list[Any], means: Any, batch: Any) -> float:
+        asked.append({p.method_name for p in on})
+        return 0.06 * len(asked[-1])
+
+    model, inputs, _ = ready(prefix=3.0, bottleneck=2.0, lora=-2.0)
+    monkeypatch.setattr(sys.modules["veneer.settle"], "added", clock)  # vn.settle is the function
+    report = vn.settle(model, [inputs], keep={"latency": "+10%", "parts": 3})
+    assert asked == [{"prefix"}, {"prefix", "bottleneck"}] and report.latency == pytest.approx(0.06)
+    assert sorted(r["method"] for r in report.parts if r["kept"]) == ["lora", "prefix"]
+    assert "+6.0% latency" in str(report)
+
+
+def test_a_measured_latency_is_of_the_real_call() -> None:
+    model, inputs, adapter = ready(prefix=3.0, bottleneck=2.0, lora=-2.0)
+    gates, active, training = [p.gate for p in adapter.parts], vn.active(model), model.training
+    report = vn.settle(model, [inputs], keep={"latency": 1000.0})
+    assert report.latency is not None and 0 <= report.latency < 1000 and all(r["kept"] for r in report.parts)
+    assert vn.active(model) == active and model.training == training and len(gates) == len(adapter.parts)
+
+
+def test_the_spread_of_a_loss_and_the_saved_report(tmp_path: Path) -> None:
+    model, inputs, adapter = ready(bottleneck=1.0)
+
+    def score(m: Any) -> list[float]:
+        look(m, inputs)
+        on = {p.method_name for p in adapter.parts if p.adapter == "u" and p.gate is not None}
+        return [float("lora" in on), 2.0 * ("lora" in on), 3.0]
+
+    report = vn.settle(model, [inputs], keep={"share": 0.9}, score=score)
+    for r in report.parts:
+        assert (r["loss"], r["loss_std"]) == (0.0, 0.0) or r["method"] != "lora"
+    saved = json.loads(report.save(tmp_path / "report.json").read_text())
+    assert vn.Plan.from_dict(saved["plan"]) == report.plan and saved["parts"] == json.loads(json.dumps(report.parts))
+    # without one whole method the paired differences are 1, 2 and 0
+    model, inputs, adapter = ready(plan=vn.gated(vn.LoRA(2, at="attn.q") + vn.Prefix(2)))
+    report = vn.settle(model, [inputs], score=score)
+    lora = next(r for r in report.parts if r["method"] == "lora")
+    assert lora["loss"] == pytest.approx(1.0) and lora["loss_std"] == pytest.approx(1 / 3**0.5) and "±0.5774" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("keep", "text"),
+    [
+        ("latency:fast", "a latency of 'fast'.*\\+0%"),
+        ("latenzy:+0%", "keep has no 'latenzy'.*latency"),
+        ({"latency": -0.1}, "a latency of -0.1"),
+        ({"parts": 0}, "keep=0"),
+        ({"share": 2}, "keep=2"),
+        ({}, "keep=\\{\\}"),
+    ],
+    ids=str,
+)
+def test_limits_that_cannot_be_read(keep: Any, text: str) -> None:
+    model, inputs, _ = ready()
+    with refuses(vn.PlanError, text, model=model):
+        vn.settle(model, [inputs], keep=keep)
+
+
+def test_a_latency_that_nothing_meets_says_what_the_cheapest_needs() -> None:
+    model, inputs, _ = ready(plan=vn.gated(vn.Prefix(2) + vn.Bottleneck(2)))
+    with refuses(vn.PlanError, "nothing would be left", r"least latency that was measured is \+\d+%", model=model):
+        vn.settle(model, [inputs], keep="latency:+0%")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .ablate import added, constant, losses_of
 from .adapter import Record
 from .attach import state_of
 from .build import make_parts
-from .compose.gate import Gate
 from .errors import CapabilityError, PlanError
+from .files import write_whole
 from .gates import gates
 from .install import install, uninstall
+from .keep import Keep, choose
 from .plan import Gated, Plan, finite, short
 from .sites import Site
 
@@ -27,9 +32,11 @@ class SettleReport:
     """What settling did.
 
     plan    the static plan that is attached now
-    parts   dicts, one for each group of parts: method, module (role), layers, mean, std, parameters, kept, and `loss`, the
-            loss of score from removing the group (None where no `score` was given)
+    parts   dicts, one for each group of parts: method, module (role), layers, mean and std (over examples) of its gate,
+            parameters, merges, kept, and `loss` with `loss_std`: the score lost by removing the group, and the standard error
+            of that over the held-out examples (None where no `score` was given, or it was one number)
     before, after   trainable parameters
+    latency         what the kept parts that do not merge add to a call, as a share; None where no latency was asked for
     """
 
     plan: Plan
@@ -37,15 +44,26 @@ class SettleReport:
     before: int
     after: int
     name: str
+    latency: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON."""
+        return {**dataclasses.asdict(self), "plan": self.plan.to_dict()}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as JSON, whole or not at all. Raises: StoreError."""
+        write_whole(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        return Path(path)
 
     def __str__(self) -> str:
         lines = [f"{'method':<14}{'module':<12}{'gate':>14}{'parameters':>12}  {'loss if removed':>16}  kept"]
         for p in self.parts:
-            loss = "-" if p["loss"] is None else f"{p['loss']:+.4f}"
+            loss = "-" if p["loss"] is None else f"{p['loss']:+.4f}" + ("" if p["loss_std"] is None else f"±{p['loss_std']:.4f}")
             lines.append(
                 f"{p['method']:<14}{p['module']:<12}{p['mean']:>8.3f}±{p['std']:.3f}{p['parameters']:>12,}  {loss:>16}  {'yes' if p['kept'] else 'no'}"
             )
-        lines.append(f"{self.before:,} -> {self.after:,} trainable parameters")
+        more = "" if self.latency is None else f", +{100 * self.latency:.1f}% latency"
+        lines.append(f"{self.before:,} -> {self.after:,} trainable parameters{more}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -54,11 +72,11 @@ class SettleReport:
 def settle(
     model: nn.Module,
     batches: Iterable[Any],
-    keep: int | float | None = None,
+    keep: int | float | str | dict[str, Any] | None = None,
     name: str | None = None,
     *,
     threshold: float = 0.0,
-    score: Callable[[nn.Module], float] | None = None,
+    score: Callable[[nn.Module], float | Sequence[float]] | None = None,
     retune: Callable[[nn.Module], None] | None = None,
 ) -> SettleReport:
     """Turn the gated adapter `name` into the smaller static one that its gates point to, in place.
@@ -69,16 +87,21 @@ def settle(
     (LoRA's B, a bottleneck's W_up, (IA)3's l - 1, a bias' delta); a prefix keeps a constant gate. Ungated parts, such as
     a head, stay. The result merges wherever its methods do.
 
-    keep       an int: that many groups; a float in (0, 1): groups, best first, up to that share of the gated parameters
+    keep       an int: that many groups; a float in (0, 1]: groups, best first, up to that share of the gated parameters;
+               'latency:+5%': best first, while a call on the first batch takes at most 5% more than without them (measured),
+               where methods that merge cost nothing, so 'latency:+0%' keeps only those; or a dict of 'parts', 'share', 'latency'
     threshold  drop groups whose mean gate is under it (0: none)
-    score      model -> float, higher is better, on held-out data; runs once for each group, and once for the whole
+    score      model -> float, higher is better, on held-out data; or one float for each example (or fold) there, and the
+               report then gives the spread of the loss too; runs once for each group, and once for the whole
     retune     model -> None: a brief training of what is left
 
     Raises: CapabilityError (no gates, or batches that do not reach all of them), PlanError (a `keep` that leaves nothing, a
     score that is no number), AdapterError (merged, or unknown). After an error, also of `score` or `retune`, the adapter
     is as before.
     """
-    _check(keep, threshold)
+    limits = Keep.parse(keep)
+    if not finite(threshold):
+        raise PlanError(f"threshold={short(threshold)}", fix="Give a number from 0 to 1")
     batches = list(batches)
     state = state_of(model)
     report = gates(model, batches, name=name)
@@ -98,8 +121,11 @@ def settle(
     groups: dict[tuple[str, str], list[Any]] = {}
     for p in gated:
         groups.setdefault((p.method_name, p.site.role), []).append(p)
-    losses = dict.fromkeys(groups) if score is None else _losses(model, state, record, groups, score)
+    losses: dict[Any, tuple[float | None, float | None]] = (
+        dict.fromkeys(groups, (None, None)) if score is None else losses_of(model, state, record, groups, score)
+    )
     rows: list[dict[str, Any]] = []
+    terms = list(record.plan.terms())
     for (method, role), parts in groups.items():
         own = [means[id(p)] for p in parts]
         rows.append(
@@ -107,10 +133,16 @@ def settle(
                 "method": method, "module": role, "layers": [p.site.layer for p in parts],
                 "mean": sum(r["mean"] for r in own) / len(own), "std": sum(r["std"] for r in own) / len(own),
                 "parameters": sum(q.numel() for p in parts for k, q in p.named_parameters() if not k.startswith("gate.")),
-                "loss": losses[method, role], "kept": True,
+                "loss": losses[method, role][0], "loss_std": losses[method, role][1],
+                "merges": all(terms[p.term].method.mergeable for p in parts), "kept": True,
             }
         )  # fmt: skip
-    _choose(rows, keep, threshold)
+    members = list(groups.values())
+
+    def measure(numbers: list[int]) -> float:
+        return added(model, state, record, [p for i in numbers for p in members[i]], means, batches[0])
+
+    latency = choose(rows, limits, threshold, measure)
     kept = {(r["method"], r["module"]) for r in rows if r["kept"]}
     stay = [p for p in record.parts if p.gate is None or (p.method_name, p.site.role) in kept]
     stay = [p for p in stay if p.acts or any(q.bank is p for q in stay)]  # a bank goes with the last part that uses it
@@ -124,52 +156,7 @@ def settle(
         undo()
         raise
     after = sum(q.numel() for p in record.parts for q in p.parameters())
-    return SettleReport(record.plan, rows, before, after, name)
-
-
-def _check(keep: Any, threshold: Any) -> None:
-    number = keep is None or (finite(keep) and keep > 0 and (isinstance(keep, int) or keep <= 1))
-    if not number:
-        raise PlanError(f"keep={short(keep)}", fix="Give a number of groups, as 2, or a share of the parameters, as 0.5")
-    if not finite(threshold):
-        raise PlanError(f"threshold={short(threshold)}", fix="Give a number from 0 to 1")
-
-
-def _choose(rows: list[dict[str, Any]], keep: int | float | None, threshold: float) -> None:
-    """Mark the rows that are kept. Raises: PlanError where none would be."""
-    ranked = sorted(rows, key=lambda r: (r["loss"] if r["loss"] is not None else r["mean"], r["mean"]), reverse=True)
-    room = sum(r["parameters"] for r in rows) * keep if isinstance(keep, float) else None
-    used = 0
-    for i, r in enumerate(ranked):
-        r["kept"] = r["mean"] >= threshold
-        if isinstance(keep, int):
-            r["kept"] = r["kept"] and i < keep
-        elif room is not None:
-            r["kept"] = r["kept"] and used + r["parameters"] <= room
-            used += r["parameters"] if r["kept"] else 0
-    if not any(r["kept"] for r in rows):
-        best = f"the largest mean gate is {max(r['mean'] for r in rows):.3f}"
-        least = f"the smallest group is {min(r['parameters'] for r in rows) / sum(r['parameters'] for r in rows):.3f} of the gated parameters"
-        raise PlanError("nothing would be left", fix=f"Keep at least one group: {best}, {least}")
-
-
-def _losses(model: nn.Module, state: Any, record: Record, groups: dict[Any, list[Any]], score: Callable[[nn.Module], float]) -> dict[Any, float]:
-    """What removing each group takes from the score, with this adapter in use."""
-    active = state.active
-    try:
-        if record.name not in active:
-            state.active = (record.name,)
-            state.refresh()
-        whole = float(score(model))
-        out = {key: whole - float(_without(model, state, record, parts, score)) for key, parts in groups.items()}
-    finally:
-        if state.active != active:
-            state.active = active
-            state.refresh()
-    for key, loss in out.items():
-        if not math.isfinite(loss):
-            raise PlanError(f"the score without {' at '.join(key)} is not a finite number", fix="Let score return a number, higher for better")
-    return out
+    return SettleReport(record.plan, rows, before, after, name, latency)
 
 
 def _remember(model: nn.Module, state: Any, record: Record) -> Callable[[], None]:
@@ -191,27 +178,13 @@ def _remember(model: nn.Module, state: Any, record: Record) -> Callable[[], None
     return undo
 
 
-def _without(model: nn.Module, state: Any, record: Record, parts: list[Any], score: Callable[[nn.Module], float]) -> float:
-    """The score with `parts` switched off."""
-    names = [p.adapter for p in parts]
-    for p in parts:
-        p.adapter = ""
-    state.refresh()
-    try:
-        return score(model)
-    finally:
-        for p, n in zip(parts, names, strict=True):
-            p.adapter = n
-        state.refresh()
-
-
 def _rebuild(model: nn.Module, state: Any, record: Record, stay: list[Any], means: dict[int, Any]) -> None:
     """Fold the gates of the parts that stay, and give the record the static plan that describes them."""
     uninstall(model, state, record)
     for p in stay:
         if p.gate is not None:
             mean, old = means[id(p)]["mean"], p.gate
-            p.gate = None if p.scale_by(mean) else _constant(old, mean)
+            p.gate = None if p.scale_by(mean) else constant(old, mean)
             p.published = p.published and p.gate is not None
     record.parts = stay
     record.plan = _static(model, record.plan, stay)
@@ -224,13 +197,6 @@ def _rebuild(model: nn.Module, state: Any, record: Record, stay: list[Any], mean
         raise PlanError(f"what is left cannot be written as a plan of this model: {record.plan}", fix="Keep other groups")
     install(model, state, record)
     state.refresh()
-
-
-def _constant(gate: Gate, mean: float) -> Gate:
-    mean = min(max(mean, 1e-6), 1 - 1e-6)
-    new = {"device": gate.bias.device, "dtype": gate.bias.dtype}
-    bias = float(torch.logit(torch.tensor(mean, dtype=torch.float64)))
-    return Gate(gate.width, per="constant", bias=bias, temperature=1.0, causal=False, new=new)
 
 
 def _static(model: nn.Module, plan: Plan, parts: list[Any]) -> Plan:

@@ -15,13 +15,13 @@ from ..files import DAMAGED, digest, read_json, read_tensors, sweep, write_whole
 from .lanes import Record
 
 if TYPE_CHECKING:
-    from .race import _Race
+    from .heats import Heats
 
 FILE, FORMAT, VERSION = "race.json", "veneer-race", 1
 OURS = re.compile(r"race-[0-9a-f]{12}\.safetensors")
 
 
-def save(folder: Path, race: _Race, settings: dict[str, Any]) -> None:
+def save(folder: Path, race: Heats, settings: dict[str, Any]) -> None:
     """Write where the race stands. Raises: StoreError; what was there before is then still whole."""
     from safetensors.torch import save as to_bytes
 
@@ -43,7 +43,7 @@ def save(folder: Path, race: _Race, settings: dict[str, Any]) -> None:
     sweep(folder, {weights, FILE}, OURS)
 
 
-def load(folder: Path, race: _Race, settings: dict[str, Any]) -> bool:
+def load(folder: Path, race: Heats, settings: dict[str, Any]) -> bool:
     """Go on from what `folder` holds, if it holds anything. Raises: ConfigError for another race, StoreError for damage."""
     if not (folder / FILE).exists():
         return False

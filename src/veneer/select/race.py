@@ -10,9 +10,7 @@ batch leaves the machine idle.
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import activate, active, route
+from ..adapter import activate, active
 from ..attach import attach, detach
-from ..errors import CapabilityError, ConfigError, VeneerError, did_you_mean
+from ..errors import ConfigError, VeneerError, did_you_mean
 from ..plan import Plan, short
-from ..training import penalty
+from .heats import Heats, gpus
 from .lanes import Candidate, Lane, Record
 from .rows import Judge, Loss, Order, Rows, loss_of
 
@@ -141,8 +139,8 @@ def race(
     chosen = _candidates(candidates)
     _check(steps, batch, eval_batch, evaluate_every, halving, spare, keep, max_rows, checkpoint_every)
     if not callable(evaluate):
-        evaluate = Rows(evaluate, pad=_pad(model), device=_device(model), what="evaluate")
-    rows = Rows(train, pad=_pad(model), device=_device(model), what="train")
+        evaluate = Rows(evaluate, pad=_pad(model), device=next(model.parameters()).device, what="evaluate")
+    rows = Rows(train, pad=_pad(model), device=next(model.parameters()).device, what="train")
     rungs = _rungs(len(chosen), steps, halving)
     batches = [(0, batch)] if isinstance(batch, int) else [(int(a), int(b)) for a, b in batch]
     if spare == "rows":
@@ -155,7 +153,7 @@ def race(
     try:
         lanes = []
         for name, c in chosen.items():
-            with torch.random.fork_rng(devices=_cuda(model)):
+            with torch.random.fork_rng(devices=gpus(model)):
                 torch.manual_seed(seed)  # each starts from the numbers that it would start from alone
                 data = shown if any(m.needs_data for m in c.plan.leaves()) else None
                 adapter = _named(name, lambda c=c, n=name, b=data: attach(model, c.plan, name=n, activate=False, tokenizer=tokenizer, batches=b))
@@ -163,7 +161,7 @@ def race(
             record = Record(name, c.plan.to_dict(), {k: v for k, v in c.to_dict().items() if k != "plan"}, adapter.num_parameters)
             lanes.append(Lane(c, adapter, steps, record))
         own_loss = loss or loss_of(model)
-        run = _Race(model, lanes, rows, evaluate, order, own_loss, Judge(own_loss, metric), eval_batch, together, max_rows, best)
+        run = Heats(model, lanes, rows, evaluate, order, own_loss, Judge(own_loss, metric), eval_batch, together, max_rows, best)
         run.go(settings, evaluate_every, dict(rungs), checkpoint, checkpoint_every, on_step)
         able = [x for x in lanes if x.record.best is not None and x.record.status in ("finished", "stopped")]
         first = max(able, key=lambda x: (x.record.best, -x.record.parameters), default=None)
@@ -185,154 +183,6 @@ def race(
     elif "_veneer_state" in model.__dict__:
         activate(model, was_active)
     return report
-
-
-class _Race:
-    """A race while it runs."""
-
-    def __init__(
-        self, model: nn.Module, lanes: list[Lane], rows: Rows, evaluate: Any, order: Order, loss: Loss, judge: Judge,
-        eval_batch: int, together: bool, max_rows: int | None, best: bool,
-    ) -> None:  # fmt: skip
-        self.model, self.lanes, self.rows, self.evaluate, self.order = model, lanes, rows, evaluate, order
-        self.loss, self.judge, self.eval_batch, self.together, self.max_rows, self.best = loss, judge, eval_batch, together, max_rows, best
-        self.step, self.seconds = 0, 0.0
-        self.eager = not _cuda(model)  # on a GPU losses are fetched now and then, since each fetch waits for it
-        self.probe()
-
-    @property
-    def running(self) -> list[Lane]:
-        return [lane for lane in self.lanes if lane.running]
-
-    def probe(self) -> None:
-        """Find the candidates that cannot be routed: their methods say so, or act on a state that all rows share."""
-        inputs, _ = self.rows.batch([0])
-        wide = {k: v.repeat(2, *[1] * (v.dim() - 1)) for k, v in inputs.items()}
-        for lane in self.lanes:
-            try:
-                with torch.no_grad(), route(self.model, [lane.name, None]):
-                    self.model(**wide)
-            except CapabilityError as e:
-                lane.record.together, lane.record.note = False, f"run alone: {e.what}"
-
-    def go(self, settings: dict[str, Any], every: int | None, rungs: dict[int, int], folder: str | Path | None, save_every: int | None, on_step: Any) -> None:
-        from .checkpoint import load, save
-
-        steps = settings["steps"]
-        if folder is not None:
-            load(Path(folder), self, settings)
-        training = {m: m.training for m in self.model.modules()}
-        began, before = time.perf_counter(), self.seconds
-        try:
-            while self.step < steps and self.running:
-                self.train_step()
-                due = self.step in rungs or self.step == steps or (every is not None and self.step % every == 0)
-                if due:
-                    self.judge_all()
-                    self.halve(rungs.get(self.step))
-                self.seconds = before + time.perf_counter() - began
-                if folder is not None and (due if save_every is None else self.step % save_every == 0 or self.step == steps):
-                    self.settle()
-                    save(Path(folder), self, settings)
-                if on_step is not None:
-                    on_step(self.step, {x.name: x.record for x in self.lanes})
-        finally:
-            for m, t in training.items():
-                m.training = t
-        for lane in self.running:
-            lane.end("finished")
-        if folder is not None:
-            save(Path(folder), self, settings)
-
-    def heats(self, rows: int) -> list[list[Lane]]:
-        """The lanes that share a forward: those that can, as many as `max_rows` allows."""
-        shared = [x for x in self.running if x.record.together and self.together]
-        alone = [[x] for x in self.running if not (x.record.together and self.together)]
-        each = max(1, len(shared) if self.max_rows is None else self.max_rows // rows)
-        return [shared[i : i + each] for i in range(0, len(shared), each)] + alone
-
-    @contextlib.contextmanager
-    def in_force(self, heat: list[Lane], rows: int) -> Iterator[None]:
-        if len(heat) == 1:
-            if active(self.model) != (heat[0].name,):
-                activate(self.model, heat[0].name)
-            yield
-        else:
-            with route(self.model, [x.name for x in heat for _ in range(rows)]):
-                yield
-
-    def logits(self, heat: list[Lane], inputs: dict[str, Tensor], n: int) -> list[Tensor]:
-        """Each lane's logits for the same n rows."""
-        k = len(heat)
-        wide = inputs if k == 1 else {key: v.repeat(k, *[1] * (v.dim() - 1)) for key, v in inputs.items()}
-        with self.in_force(heat, n):
-            out = self.model(**wide)
-        logits = out if isinstance(out, Tensor) else out["logits"] if hasattr(out, "keys") else out[0]
-        return list(logits.split(logits.shape[0] // k))
-
-    def train_step(self) -> None:
-        self.model.train()
-        inputs, labels = self.rows.batch(self.order.rows(self.step))
-        n = labels.shape[0]
-        for heat in self.heats(n):
-            begin = time.perf_counter()
-            losses = []
-            for logits in self.logits(heat, inputs, n):
-                total, count = self.loss(logits, labels)
-                losses.append(total / count.clamp(min=1))
-            terms = [loss + penalty(self.model, names=(lane.name,)) for lane, loss in zip(heat, losses, strict=True)]
-            # the sum's gradient with respect to each loss is 1, also where another is NaN
-            torch.stack(terms).sum().backward()
-            for lane, loss in zip(heat, losses, strict=True):
-                lane.step(loss, n)
-            self.share(heat, begin)
-        self.step += 1
-        if self.eager or self.step % 20 == 0:
-            self.settle()
-
-    def settle(self) -> None:
-        for lane in self.running:
-            lane.settle()
-
-    def judge_all(self) -> None:
-        """Score every running candidate."""
-        self.settle()
-        self.model.eval()
-        with torch.no_grad():
-            for heat in self.heats(self.eval_batch):
-                begin = time.perf_counter()
-                if isinstance(self.evaluate, Rows):
-                    scores = self.scores(heat)
-                else:
-                    scores = []
-                    for lane in heat:
-                        with self.in_force([lane], 0):
-                            scores.append(float(self.evaluate(self.model)))
-                for lane, score in zip(heat, scores, strict=True):
-                    lane.scored(score, self.best)
-                self.share(heat, begin)
-
-    def scores(self, heat: list[Lane]) -> list[float]:
-        found: list[list[Tensor]] = [[] for _ in heat]
-        truth: list[Tensor] = []
-        for start in range(0, len(self.evaluate), self.eval_batch):
-            inputs, labels = self.evaluate.batch(range(start, min(start + self.eval_batch, len(self.evaluate))))
-            truth.append(labels)
-            for mine, logits in zip(found, self.logits(heat, inputs, labels.shape[0]), strict=True):
-                mine.append(logits)
-        return [self.judge.score(mine, truth) for mine in found]
-
-    def halve(self, survivors: int | None) -> None:
-        if survivors is None:
-            return
-        ranked = sorted(self.running, key=lambda x: x.record.scores[-1][1], reverse=True)
-        for place, lane in enumerate(ranked[survivors:], survivors + 1):
-            lane.end("dropped", f"place {place} of {len(ranked)} at step {self.step}, {survivors} go on")
-
-    def share(self, heat: list[Lane], begin: float) -> None:
-        each = (time.perf_counter() - begin) / len(heat)
-        for lane in heat:
-            lane.record.seconds += each
 
 
 def _candidates(given: Any) -> dict[str, Candidate]:
@@ -384,14 +234,6 @@ def _rungs(n: int, steps: int, eta: int) -> list[tuple[int, int]]:
     for i, c in enumerate(counts):
         out[max(1, round(steps * eta ** (i - len(counts))))] = c
     return sorted(out.items())
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _cuda(model: nn.Module) -> list[torch.device]:
-    return [d] if (d := _device(model)).type == "cuda" else []
 
 
 def _pad(model: Any) -> int:
