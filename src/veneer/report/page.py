@@ -73,7 +73,7 @@ class Page:
         head = "".join(f'<th scope="col"{k} aria-sort="none"><button>{html.escape(h)}</button></th>' for h, k in zip(heads, kind, strict=True))
         body = "".join(
             ('<tr class="marked">' if i in marked else "<tr>")
-            + "".join(f"<td{k}{_sortable(c)}>{html.escape(_text(c))}</td>" for c, k in zip(r, kind, strict=True))
+            + "".join(f"<td{k or _long(c)}{_sortable(c)}>{html.escape(_text(c))}</td>" for c, k in zip(r, kind, strict=True))
             + "</tr>"
             for i, r in enumerate(rows)
         )
@@ -177,6 +177,11 @@ def _value(cell: Any) -> float | None:
     value = cell[0] if isinstance(cell, tuple) else cell
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return value if good else None
+
+
+def _long(cell: Any) -> str:
+    """Sentences get room in a crowded table."""
+    return ' class="long"' if len(_text(cell)) > 40 else ""
 
 
 def _sortable(cell: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ FILES = {"selection": "selection.json", "race": "race.json", "gates": "gates.jso
 AGAINST = {
     "parameters": ("Score against trainable parameters", "trainable parameters", 1.0, "log"),
     "latency": ("Score against latency", "time of inference over the base's", 1.0, "linear"),
-    "memory": ("Score against memory", "peak of a training step, GB", 1e-9, "linear"),
+    "memory": ("Score against memory", "peak of a training step, MB", 1e-6, "linear"),
     "seconds": ("Score against training time", "seconds of training in full", 1.0, "log"),
 }
 MOST_LINES = 8  # of the race that have a colour and a name of their own
@@ -74,6 +75,12 @@ def label(plan: Any) -> str:
     from ..plan import Plan
 
     return str(Plan.from_dict(plan))
+
+
+def brief(trial: dict[str, Any]) -> str:
+    """The trial's number and the names of its methods, without their sizes and places."""
+    names = re.sub(r"\([^()]*\)", "", label(trial["plan"])).removesuffix(" + Full")
+    return f"{trial['number']}: {names}"
 
 
 def _by_score(score: float | None) -> tuple[bool, float]:
@@ -152,13 +159,17 @@ def front(trials: list[dict[str, Any]], selection: dict[str, Any], key: str, axi
     return figure
 
 
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
 def _words(t: dict[str, Any]) -> str:
     o = t["objectives"]
     facts = [
         f"score {shown(o.get('score'))}" + (f" ± {shown(t['noise'])}" if t.get("noise") else ""),
         f"{int(o['parameters']):,} parameters" if "parameters" in o else "",
     ]
-    facts += [f"latency {o['latency']:.2f}x" if "latency" in o else "", f"{o['memory'] / 1e9:.2f} GB" if "memory" in o else ""]
+    facts += [f"latency {o['latency']:.2f}x" if "latency" in o else "", _bytes(o["memory"]) if "memory" in o else ""]
     plan = label(t["plan"]).replace(" + ", " +\n    ")
     return f"trial {t['number']}, {t['status']}\n{', '.join(f for f in facts if f)}\n{plan}"
 
@@ -174,19 +185,19 @@ def _selection_curves(page: Page, selection: dict[str, Any]) -> None:
     ends: dict[str, str] = {}
     for t in selection["trials"]:
         rung = next(reversed(t.get("curves") or {"": {}}))
-        name = f"{t['number']}: {label(t['plan'])}"
+        name = brief(t)
         for what in found:
             points = (t.get("curves") or {}).get(rung, {}).get(what) or []
             if points:
                 found[what][name] = ([p[0] for p in points], [p[1] for p in points])
         if t["status"] != "complete":
-            ends[name] = f"{t['status']}: {t.get('why', '')}"
-    behind = {f"{t['number']}: {label(t['plan'])}" for t in selection["trials"] if t["number"] not in named}
+            ends[name] = f"{t['status']}: {t.get('why', '')}\n{label(t['plan'])}"
+    behind = {brief(t) for t in selection["trials"] if t["number"] not in named}
     if not any(found.values()):
         return
     page.section("Race", "Each candidate on the longest training that it was given; one that ended early ends in a cross. The front is in colour.")
     for what, title in (("loss", "Training loss"), ("score", "Score on the evaluation rows")):
-        if found[what]:
+        if any(len(xs) > 1 for xs, _ in found[what].values()):  # one point each is in the table already
             here = {n: why for n, why in ends.items() if n in found[what]}
             page.figure(charts.curves(found[what], y=what, ends=here, behind=behind), title, wide=len(found[what]) > 3)
 
@@ -209,7 +220,7 @@ def _tried(page: Page, selection: dict[str, Any]) -> None:
             (
                 t["number"], "recommended" if t["number"] == selection["chosen"] else "front" if t["number"] in selection["front"] else "", o.get("score"),
                 t.get("noise") or None, o.get("parameters") and int(o["parameters"]), (t["share"], f"{100 * t['share']:.3f}%"), o.get("latency"),
-                o.get("memory") and (o["memory"], f"{o['memory'] / 1e9:.2f} GB"), t.get("pscp"), int(c.get("steps", 0)), c.get("seconds"), t["status"],
+                o.get("memory") and (o["memory"], _bytes(o["memory"])), t.get("pscp"), int(c.get("steps", 0)), c.get("seconds"), t["status"],
                 label(t["plan"]), t.get("why", ""),
             )
         )  # fmt: skip
