@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from bases import EXAMPLES, example
+from browser import figures
 from veneer.train.config import TaskName, make_config
 from veneer.train.run import read_run, run
 from veneer.train.tasks import TASKS, find_task
@@ -26,6 +29,30 @@ def weights(folder):
     return load_file(next((folder / "adapter").glob("adapter-*.safetensors")))
 
 
+# what the report has of a task's evaluation; of the others a confusion matrix and mistakes
+EXPECTED = {
+    "multi-label-classification": {"labels", "decisions"}, "regression": {"numbers"}, "sentence-embedding": set(), "dpo": set(),
+    "causal-lm": {"samples"}, "chat": {"samples"}, "text-to-text": {"samples"},
+}  # fmt: skip
+
+
+def check_report(folder, metrics):
+    """What the report shows of the evaluation adds up to the scores that were computed on their own."""
+    assert figures((folder / "report.html").read_text())
+    answers = json.loads((folder / "evaluation.json").read_text())
+    if "counts" in answers:
+        counts = np.array(answers["counts"])
+        assert abs(np.trace(counts) / counts.sum() - metrics["accuracy"]) < 1e-6
+        assert all(m["truth"] != m["answer"] and m["text"].strip() for m in answers["mistakes"])
+    if "decisions" in answers:
+        hit, false, missed = np.array(answers["decisions"]).sum(0)
+        assert abs(2 * hit / max(1, 2 * hit + false + missed) - metrics["micro_f1"]) < 1e-6
+    if "numbers" in answers:
+        assert abs(np.abs(np.diff(answers["numbers"])).mean() - metrics["mae"]) < 1e-5
+    assert all(s["prompt"] and s["truth"] for s in answers.get("samples", []))
+    return set(answers)
+
+
 @pytest.mark.parametrize("name", [e.stem for e in EXAMPLES])
 def test_an_example_runs_and_goes_on_after_a_break(small, tmp_path, name):
     settings = example(name, *small, tmp_path / "whole", checkpoint_every=2)
@@ -35,6 +62,8 @@ def test_an_example_runs_and_goes_on_after_a_break(small, tmp_path, name):
     task = find_task(make_config(settings).task)
     assert losses and all(math.isfinite(v) for v in [*losses, *result.metrics.values()]) and task.best[0] in result.metrics
     assert found["result"]["trainable"] == result.trainable > 0 and found["data"]["train"]["rows"] > 8
+    expected = EXPECTED.get(make_config(settings).task, {"labels", "counts", "mistakes"})
+    assert check_report(tmp_path / "whole", result.metrics) == expected
     cut = make_config(settings | {"output": str(tmp_path / "cut")})
     with pytest.raises(ConnectionError):
         run(cut, quiet=True, callbacks=[Break()])

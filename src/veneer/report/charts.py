@@ -146,6 +146,20 @@ def bars(names: Sequence[str], values: Sequence[float | None], errors: Sequence[
     return figure
 
 
+def agreement(truth: Sequence[float], answer: Sequence[float]) -> Any:
+    """A mark for each example, over the line on which the answer is the truth."""
+    go = plotly()
+    low, high = min(*truth, *answer), max(*truth, *answer)
+    figure = go.Figure()
+    figure.add_scatter(x=[low, high], y=[low, high], mode="lines", line={"color": FADED, "dash": "dot", "width": 1.5}, hoverinfo="skip", showlegend=False)
+    figure.add_scatter(
+        x=list(truth), y=list(answer), mode="markers", marker={"color": COLOURS[0], "size": 6, "opacity": 0.6}, showlegend=False,
+        hovertemplate="truth %{x:.4g}, answer %{y:.4g}<extra></extra>",
+    )  # fmt: skip
+    figure.update_layout(layout(x="truth", y="answer"), hovermode="closest")
+    return figure
+
+
 def logarithmic(figure: Any, values: Sequence[float]) -> None:
     """A logarithmic x axis that fits `values`, with readable ticks also where they span less than a decade."""
     positive = [v for v in values if v > 0]

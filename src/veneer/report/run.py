@@ -19,9 +19,12 @@ SPEED = ("runtime", "samples_per_second", "steps_per_second", "tokens_per_second
 def report(folder: str | Path) -> Path:
     """Write `report.html` in the folder of a run, finished or not, from what stands there.
 
-    run.json: config, plan, labels, versions, result (metrics, log, parameters, hardware, seconds); evaluation.json, where
-    it is: labels and counts (confusion), mistakes, samples; gates.json: rows of a GateReport. Sections whose data is
-    missing are left out. Raises: ConfigError for a folder that is no run; StoreError where the page cannot be written.
+    run.json       config, plan, labels, versions, result (metrics, log, parameters, hardware, seconds)
+    evaluation.json  labels with counts (of each truth and answer) or decisions (hits, false and missed of each label),
+                   mistakes, numbers (truth, answer), samples
+    gates.json     rows of a GateReport
+
+    Sections whose data is missing are left out. Raises: ConfigError for a folder that is no run; StoreError where the page cannot be written.
     """
     folder = Path(folder)
     run = read(folder / "run.json")
@@ -130,6 +133,12 @@ def _answers(page: Page, observed: dict[str, Any]) -> None:
             wide=len(labels) > 12,
         )
         page.table(("class", "precision", "recall", "F1", "examples"), per_class(labels, counts))
+    if labels and observed.get("decisions"):
+        page.section("Classes", "Each class decided by itself, at probability 0.5.")
+        page.table(("class", "precision", "recall", "F1", "examples"), [_of_counts(n, *three) for n, three in zip(labels, observed["decisions"], strict=True)])
+    if observed.get("numbers"):
+        page.section("Answers")
+        page.figure(charts.agreement(*zip(*observed["numbers"], strict=True)), "Answer against truth", "On the line both are equal.")
     if observed.get("mistakes"):
         page.section("Mistakes", "The surest wrong answers first.")
         page.table(
@@ -142,11 +151,13 @@ def _answers(page: Page, observed: dict[str, Any]) -> None:
 
 def per_class(labels: list[str], counts: list[list[int]]) -> list[tuple[str, float | None, float | None, float, int]]:
     """(class, precision, recall, F1, examples) from counts[truth][answer]; None where there is nothing to divide by."""
-    out = []
-    for i, name in enumerate(labels):
-        hit, true, said = counts[i][i], sum(counts[i]), sum(row[i] for row in counts)
-        out.append((name, hit / said if said else None, hit / true if true else None, 2 * hit / (true + said) if true + said else 0.0, true))
-    return out
+    said = [sum(column) for column in zip(*counts, strict=True)]
+    return [_of_counts(n, row[i], said[i] - row[i], sum(row) - row[i]) for i, (n, row) in enumerate(zip(labels, counts, strict=True))]
+
+
+def _of_counts(name: str, hit: int, false: int, missed: int) -> tuple[str, float | None, float | None, float, int]:
+    said, true = hit + false, hit + missed
+    return name, hit / said if said else None, hit / true if true else None, 2 * hit / (said + true) if said + true else 0.0, true
 
 
 def _parameters(page: Page, result: dict[str, Any], plan: Any) -> None:

@@ -65,14 +65,16 @@ def classes(prediction: Any, labels: list[str], texts: Callable[[int], str]) -> 
 
 @torch.no_grad()
 def samples(model: Any, tokenizer: Any, rows: Any) -> list[dict[str, str]]:
-    """Greedy continuations of `SAMPLES` rows: after the part that is not trained on, else after the first half."""
+    """Greedy continuations of `SAMPLES` rows: after the part that is not trained on, else after the first half; of an
+    encoder-decoder, the answers to its sources."""
+    apart = bool(getattr(model.config, "is_encoder_decoder", False))
     begin, rest = [], []
     for i in range(min(SAMPLES, len(rows))):
         ids, labels = rows[i]["input_ids"], rows[i].get("labels")
         cut = next((at for at, y in enumerate(labels) if y != -100), 0) if labels is not None else 0
-        cut = cut or max(1, len(ids) // 2)
+        cut = len(ids) if apart else cut or max(1, len(ids) // 2)
         begin.append({"input_ids": list(ids[:cut])})
-        rest.append(list(ids[cut:]))
+        rest.append([y for y in labels or [] if y >= 0] if apart else list(ids[cut:]))
     batch = tokenizer.pad(begin, padding_side="left", return_tensors="pt").to(next(model.parameters()).device)
     was = model.training
     model.eval()
@@ -80,7 +82,7 @@ def samples(model: Any, tokenizer: Any, rows: Any) -> list[dict[str, str]]:
         out = model.generate(**batch, max_new_tokens=LONGEST, do_sample=False)
     finally:
         model.train(was)
-    width = batch["input_ids"].shape[1]
+    width = 0 if apart else batch["input_ids"].shape[1]
 
     def read(ids: Any) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)

@@ -12,6 +12,8 @@ from ...data.formats import BadRow
 from ...data.tables import Table
 from .base import Task, class_scores, confusion, logits_of, rows_of
 
+NUMBERS = 2000  # pairs of truth and answer that the report draws
+
 
 class _OfText(Task):
     """Texts to tensors; a subclass gives the target of a row."""
@@ -101,6 +103,12 @@ class MultiLabel(_OfText):
         either = int(guess.sum() + truth.sum())
         return {"exact": float((guess == truth).all(-1).mean()), "micro_f1": 2 * int((guess & truth).sum()) / either if either else 0.0}
 
+    def answers(self, trainer: Any, run: Any) -> dict[str, Any]:
+        last = trainer.compute_metrics.last
+        guess, truth = logits_of(last) > 0, last.label_ids > 0.5
+        counts = ((guess & truth).sum(0), (guess & ~truth).sum(0), (~guess & truth).sum(0))
+        return {"labels": self.labels, "decisions": [[int(n) for n in one] for one in zip(*counts, strict=True)]}
+
 
 class Regression(_OfText):
     """A number: mean squared error. Give it in a range near -1 to 1, or the first steps go into the scale."""
@@ -122,6 +130,11 @@ class Regression(_OfText):
         guess, truth = logits_of(prediction).reshape(-1).astype(np.float64), np.asarray(prediction.label_ids, np.float64).reshape(-1)
         ranks = [np.argsort(np.argsort(v, kind="stable")).astype(np.float64) for v in (guess, truth)]
         return {"mae": float(np.abs(guess - truth).mean()), "pearson": _correlation(guess, truth), "spearman": _correlation(*ranks)}
+
+    def answers(self, trainer: Any, run: Any) -> dict[str, Any]:
+        last = trainer.compute_metrics.last
+        pairs = np.stack([np.asarray(last.label_ids, np.float64).reshape(-1), logits_of(last).reshape(-1).astype(np.float64)], 1)
+        return {"numbers": pairs[:: -(-len(pairs) // NUMBERS)].tolist()}
 
 
 def encode_texts(rows: Table, tokenizer: Any, labels: list[str], longest: int) -> Any:

@@ -119,5 +119,10 @@ class TextToText(Task):
     def collator(self) -> Any:
         return DataCollatorForSeq2Seq(self.tools, model=self.model, label_pad_token_id=IGNORE)
 
+    def answers(self, trainer: Any, run: Any) -> dict[str, Any]:
+        from ..observe import samples
+
+        return {"samples": samples(trainer.model, self.tools, run.encoded[1].data)}
+
     def segments(self, row: dict[str, Any]) -> list[tuple[str, bool]]:
         return [(self.tools.decode(row["input_ids"]), False), (" → " + self.tools.decode(row["labels"]), True)]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import DataCollatorForTokenClassification
+from transformers import DataCollatorForTokenClassification, EvalPrediction
 
 from ...data.chat import IGNORE
 from ...data.formats import BadRow
 from ...data.tables import Table
 from ...errors import ConfigError
 from .base import Task, class_scores, logits_of, rows_of
+
+AROUND = 8  # tokens on either side of a wrong one that the report shows
 
 
 class TokenClassification(Task):
@@ -54,6 +56,20 @@ class TokenClassification(Task):
         for token, label in zip(self.tools.convert_ids_to_tokens(row["input_ids"]), row["labels"], strict=True):
             out += [(f"{token} ", False)] if label < 0 else [(f"{token}", False), (f"/{self.labels[label]} ", True)]
         return out
+
+    def answers(self, trainer: Any, run: Any) -> dict[str, Any]:
+        from ..observe import classes
+
+        last = trainer.compute_metrics.last
+        counted = last.label_ids != IGNORE
+        rows = run.encoded[1].data
+        words = [(r["input_ids"], j) for r in rows for j, label in enumerate(r["labels"]) if label != IGNORE]
+
+        def around(i: int) -> str:
+            ids, j = words[i]
+            return " ".join(self.tools.decode(part, skip_special_tokens=True) for part in (ids[max(0, j - AROUND) : j], [ids[j]], ids[j + 1 : j + AROUND]))
+
+        return classes(EvalPrediction(logits_of(last)[counted], last.label_ids[counted]), self.labels, around)
 
     def scores(self, prediction: Any) -> dict[str, float]:
         """Accuracy and macro-F1 over words, and F1 over spans: those that begin, end and are called the same (CoNLL-2003)."""
