@@ -16,6 +16,7 @@ from ..errors import ConfigError, DataError, did_you_mean
 from ..plan import short
 from .measure import device_of, evaluating, moved
 
+LONGEST = 512  # tokens of a text that is given as it is
 DRAWS = 100  # bootstrap draws of the evaluation examples
 
 
@@ -156,15 +157,18 @@ def _is_table(data: Any) -> bool:
 
 
 def _tokenised(table: Any, tokenizer: Any, names: list[str], model: nn.Module) -> list[dict[str, Any]]:
+    """input_ids, attention_mask and the label's number of each text, cut to what the model takes."""
     if tokenizer is None:
         raise DataError("texts need a tokenizer", where=table.source, fix="vn.select(model, data, tokenizer=…)")
     from ..train.tasks.classify import encode_texts
 
+    if not names:
+        raise DataError("the texts have no labels", where=table.source, fix="Name the column with the labels, or give tokenised examples")
     extra = sorted(set(table.names) - set(names))
     if extra:
         raise DataError(f"labels that training never sees: {', '.join(extra)}", where=table.source, fix="Take those rows out, or add examples of them")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or tokenizer.model_max_length
-    return list(encode_texts(table, tokenizer, names, min(limit, tokenizer.model_max_length, 512)))
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or LONGEST
+    return list(encode_texts(table, tokenizer, names, min(limit, tokenizer.model_max_length, LONGEST)))
 
 
 def _check(data: Any, what: str) -> None:

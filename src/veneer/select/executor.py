@@ -1,4 +1,4 @@
-"""Where jobs run: one after another in this process, or through Ray Tune on as many machines as Ray has."""
+"""Where jobs run: one after another in this process, together in one race, or through Ray Tune on as many machines as Ray has."""
 
 from __future__ import annotations
 
@@ -56,7 +56,14 @@ def ray(worker: Callable[[Any], Outcome], jobs: Sequence[Any]) -> Iterator[tuple
             yield index, result.metrics["outcome"]  # type: ignore[index]
 
 
-EXECUTORS: dict[str, Executor] = {"local": local, "ray": ray}
+def race(worker: Any, jobs: Sequence[Any]) -> Iterator[tuple[int, Outcome]]:
+    """Together on one base, as rows of the same batches (race.py): pays where one candidate leaves the machine idle."""
+    from .together import together
+
+    return together(worker, jobs)
+
+
+EXECUTORS: dict[str, Executor] = {"local": local, "race": race, "ray": ray}
 
 
 def find(name: Any) -> Executor:

@@ -83,6 +83,7 @@ class Selection:
     cost        seconds, steps, examples, trials: of the whole search
     settings    model, metric, steps, batch_size, space, sampler, seed, …: how to repeat it
     device      in words
+    config      the other keys of a training configuration, where the selection was made from one
     """
 
     trials: list[Trial]
@@ -94,6 +95,7 @@ class Selection:
     cost: dict[str, float]
     settings: dict[str, Any]
     device: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def best(self) -> Trial:
@@ -122,10 +124,11 @@ class Selection:
         return {t.number: t.pscp for t in self.trials if t.pscp is not None}
 
     def yaml(self) -> str:
-        """The recommended plan and its learning rate, as lines for `veneer train`."""
+        """The recommended plan and its learning rate, as lines of a configuration for `veneer train`; a whole one where the
+        selection was made from one."""
         import yaml
 
-        return yaml.safe_dump({"plan": self.best.plan, "learning_rate": self.best.rate}, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.config | {"plan": self.best.plan, "learning_rate": self.best.rate}, sort_keys=False, allow_unicode=True)
 
     def table(self, most: int = 20) -> str:
         """The trials as text, best score first; `*` marks the front, `>` the recommended one."""

@@ -100,6 +100,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
 
     Raises: ConfigError for a file that cannot be read, an unknown key (naming the nearest), or a value out of range.
     """
+    return make_config(override(read_yaml(path), overrides or []), str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in the YAML file `path`. Raises: ConfigError."""
     import yaml
 
     path = Path(path)
@@ -113,7 +118,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         raise ConfigError(f"not YAML: {' '.join(str(e).split())}", where=str(path)) from None
     if not isinstance(data, dict):
         raise ConfigError(f"a configuration is a mapping, not {type(data).__name__}", where=str(path))
-    return make_config(override(data, overrides or []), str(path))
+    return data
 
 
 def override(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
