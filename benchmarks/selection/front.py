@@ -56,7 +56,7 @@ def one(run: Cached, worker: Worker, candidate: Candidate) -> float | None:
 
 def ours(space: Space, worker: Worker, run: Cached, cost: float, seed: int, rungs: list[float], starts: bool = True) -> list[tuple[float, float]]:
     each = sum(share * math.ceil(9 / 3**i) for i, share in enumerate(rungs))
-    trials = 9 * int(cost / each)
+    trials = int(9 * cost / each)
     search = Search(space, budget.Budget(trials=trials), worker, run, {}, rungs=rungs, seed=seed, starts=starts)
     return [(t.score, math.log10(t.objectives["parameters"])) for t in choose.full(search.run())]
 
@@ -110,8 +110,9 @@ def main() -> None:
         "random": lambda seed: plain(space, worker, run, args.cost, seed, optuna.samplers.RandomSampler),
         "plain TPE": lambda seed: plain(space, worker, run, args.cost, seed, optuna.samplers.TPESampler),
         "ours": lambda seed: ours(space, worker, run, args.cost, seed, rungs_of(args.steps)),
-        "ours, no halving": lambda seed: ours(space, worker, run, args.cost, seed, [1.0]),
+        "ours, in full": lambda seed: ours(space, worker, run, args.cost, seed, [1.0]),
         "ours, no starts": lambda seed: ours(space, worker, run, args.cost, seed, rungs_of(args.steps), False),
+        "ours, 1/3 first": lambda seed: ours(space, worker, run, args.cost, seed, [1 / 3, 1.0]),
     }
     arms = {n: a for n, a in arms.items() if not args.arms or n in args.arms.split(",")}
     volumes: dict[str, list[float]] = {name: [] for name in arms}

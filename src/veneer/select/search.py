@@ -21,7 +21,7 @@ from .report import Trial
 from .space import Candidate, Space
 
 ETA = 3  # of those trained so far, one in ETA goes on (Li et al., JMLR 2018)
-LEAST_STEPS = 20  # fewer say nothing
+LEAST_STEPS = 60  # after 20 steps every plan of AutoPEFT's space was still near chance, and dropping by that was worse than none
 TRIES = 500  # candidates that may be over the budget or known, before a search gives up finding another
 MOST_LISTED = 4000  # a space of at most that many is walked through when chance finds nothing new
 UNBOUNDED = 100_000
