@@ -45,17 +45,18 @@ def test_select_finds_what_learns_and_leaves_the_model_as_it_was():
 
 
 def test_halving_spends_less_and_drops_the_worse():
-    found = vn.select(model(), data(), space="singles", budget={"trials": 9}, steps=180, batch_size=4)
+    found = vn.select(model(), data(), space="singles", budget={"trials": 9}, steps=180, batch_size=4, executor="race")
     status = [t.status for t in found.trials]
     assert status.count("complete") >= 1 and status.count("dropped") >= 4
-    assert found.cost["steps"] < 9 * 180 * 0.8
+    assert found.cost["steps"] == 9 * 60 + 3 * 180
     done = next(t for t in found.trials if t.status == "complete")
-    assert list(done.curves) == ["1/9", "1/3", "full"] and done.cost["steps"] == 20 + 60 + 180
+    assert list(done.curves) == ["1/3", "full"] and done.cost["steps"] == 60 + 180
     assert all("latency" not in t.objectives and "others were better" in t.why for t in found.trials if t.status == "dropped")
 
 
-def test_a_killed_search_goes_on_to_the_same_answer(tmp_path):
-    arguments = {"space": "default", "budget": {"trials": 5, "params": "40%"}, "seed": 3, "steps": 60, "batch_size": 4}
+def test_a_killed_search_goes_on_to_the_same_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("veneer.select.search.LEAST_STEPS", 10)  # rungs in a short training
+    arguments = {"space": "default", "budget": {"trials": 5, "params": "40%"}, "seed": 3, "steps": 30, "batch_size": 4}
     whole = vn.select(model(), data(), folder=tmp_path / "whole", **arguments)
 
     class Killed(BaseException):
@@ -125,6 +126,13 @@ def test_over_the_budget_is_never_trained():
     with refuses(vn.ConfigError, "none of .* candidates fits the budget \\(memory: 1KB\\)", "The nearest, .* GB of memory", model=base):
         vn.select(base, data(), space=PLANS, budget={"memory": "1KB"}, tell=seen.append, **FAST)
     assert not seen
+
+
+def test_a_race_finds_the_same_order():
+    alone, raced = (vn.select(model(), data(), space=SPACE, halving=False, executor=e, **FAST) for e in ("local", "race"))
+    assert [t.status for t in raced.trials] == ["complete"] * 4 and raced.chosen == alone.chosen
+    for a, b in zip(alone.trials, raced.trials, strict=True):
+        assert abs(a.score - b.score) < 0.15 and b.cost["steps"] == 60 and b.objectives["latency"] == pytest.approx(a.objectives["latency"], rel=1.0)
 
 
 def test_minutes_are_kept():

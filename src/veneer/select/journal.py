@@ -48,8 +48,10 @@ def record(folder: Path | None, settings: dict[str, Any]) -> Record:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
 
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / LOG
+        if folder.exists() and not path.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError("the folder is not empty and holds no search", where=str(folder), fix="Choose another folder (output=…)")
+        folder.mkdir(parents=True, exist_ok=True)
         mend(path)
         storage = JournalStorage(JournalFileBackend(str(path)))
     found = optuna.create_study(storage=storage, study_name=NAME, directions=["maximize", "minimize"], load_if_exists=True)

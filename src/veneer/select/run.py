@@ -87,6 +87,24 @@ def select(
     Raises: ConfigError (an empty space; a budget nothing meets, saying what the cheapest needs; another search in the
     folder), DataError (one class, fewer examples than `examples`), AdapterError (something is attached), PlanError, SiteError.
     """
+    search = plan_search(
+        model, data, budget=budget, space=space, beside=beside, objectives=objectives, metric=metric, tokenizer=tokenizer, collate=collate,
+        examples=examples, epochs=epochs, steps=steps, batch_size=batch_size, eval_batch_size=eval_batch_size, warmup=warmup,
+        weight_decay=weight_decay, sampler=sampler, halving=halving, executor=executor, seed=seed, folder=folder, tell=tell,
+    )  # fmt: skip
+    out = answer(search)
+    if folder is not None:
+        out.save(folder)
+    return out
+
+
+def plan_search(
+    model: nn.Module, data: Any, *, budget: Any = None, space: Any = "default", beside: Any = "auto", objectives: Any = tuple(OBJECTIVES), metric: Any = None,
+    tokenizer: Any = None, collate: Any = None, examples: int | None = None, epochs: float = 3.0, steps: int | None = None, batch_size: int = 16,
+    eval_batch_size: int = 64, warmup: float = 0.1, weight_decay: float = 0.0, sampler: str = "tpe", halving: bool = True, executor: Any = "local",
+    seed: int = 0, folder: Any = None, tell: Any = None,
+) -> Search:  # fmt: skip
+    """The search that `select` runs with these arguments, all of them checked; nothing is trained or written yet."""
     check_model(model)
     objectives = check_objectives(objectives)
     _check_numbers(epochs=epochs, batch_size=batch_size, eval_batch_size=eval_batch_size)
@@ -99,17 +117,13 @@ def select(
         found = found.merging()
     worker = Worker(model, known, steps_of(known, steps, epochs, batch_size), batch_size, eval_batch_size, warmup, weight_decay, seed)
     settings = describe(worker, found, limits, sampler, halving, objectives)
-    search = Search(
+    return Search(
         found, limits, worker, find(executor), settings, sampler, rungs_of(worker.steps) if halving else [1.0], ETA**2, seed,
         Path(folder) if folder is not None else None, True, tell,
     )  # fmt: skip
-    out = answer(search, objectives)
-    if folder is not None:
-        out.save(folder)
-    return out
 
 
-def answer(search: Search, objectives: tuple[str, ...]) -> Selection:
+def answer(search: Search) -> Selection:
     """Run the search, or what is left of it, and choose."""
     trials = search.run()
     score_all(trials, search)
@@ -124,7 +138,9 @@ def answer(search: Search, objectives: tuple[str, ...]) -> Selection:
         why += f"; none was trained in full, and this one is {best.status}"
     cost = {k: sum(t.cost.get(k, 0.0) for t in trials) for k in ("steps", "examples")} | {"seconds": search.elapsed, "trials": float(len(trials))}
     limits = search.budget.limits()
-    return Selection(trials, best.number, why, search.budget.words, limits, objectives, cost, search.settings, device_words(search.worker.model))
+    return Selection(
+        trials, best.number, why, search.budget.words, limits, tuple(search.settings["objectives"]), cost, search.settings, device_words(search.worker.model)
+    )
 
 
 def score_all(trials: list[Trial], search: Search) -> None:

@@ -39,14 +39,19 @@ def rung_name(share: float) -> str:
 
 @dataclass
 class Progress:
-    """What is told while a search runs: the event ('start', 'rung', 'end' of a candidate), and the state so far."""
+    """What is told while a search runs: the event ('start' or 'rung', the end of a part of the training) and the state.
+
+    share  of the search that is done, by steps or by minutes; left: seconds that it may still take (None: unknown)
+    most   candidates at most, or 0
+    """
 
     event: str
     trial: Trial
     rung: str
     trials: list[Trial]
     elapsed: float
-    done: float
+    share: float
+    left: float | None
     most: int
 
 
@@ -324,13 +329,26 @@ class Search:
         worst = min((u.values[0] for u in self._all() if u.values is not None), default=0.0)
         self.record.study.tell(number, [outcome["score"] if outcome.get("score") is not None else worst, math.log10(t.user_attrs["parameters"])])
 
-    def _say(self, event: str, number: int, share: float) -> None:
+    def _say(self, event: str, number: int, part: float) -> None:
         if self.tell is None:
             return
         trials = self.trials()
         place = self._all()[number].user_attrs["place"]
-        done = sum(t.cost["steps"] for t in trials) / self.worker.steps
-        self.tell(Progress(event, trials[place], rung_name(share), trials, self.elapsed, done, self.budget.trials or 0))
+        limits = [self.elapsed / (60 * self.budget.minutes)] if self.budget.minutes else []
+        if self.budget.trials:
+            limits.append(sum(t.cost["steps"] for t in trials) / self.expected(self.budget.trials))
+        share = min(1.0, max(limits, default=0.0))
+        left = None if share < 0.01 else self.elapsed * (1 - share) / share
+        self.tell(Progress(event, trials[place], rung_name(part), trials, self.elapsed, share, left, self.budget.trials or 0))
+
+    def expected(self, trials: int) -> float:
+        """Steps that a search of `trials` candidates takes if none diverges."""
+        full, rest = divmod(trials, self.generation)
+        return sum(self._steps(n) for n in [self.generation] * full + ([rest] if rest else []))
+
+    def _steps(self, n: int) -> float:
+        """... of one generation of n."""
+        return sum(self.worker.steps_of(share) * max(1, math.ceil(n / ETA**r)) for r, share in enumerate(self.rungs))
 
     # -- the answer ----------------------------------------------------------------------------------------------------------
     def trials(self) -> list[Trial]:
