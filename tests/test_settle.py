@@ -195,7 +195,7 @@ def test_settling_what_is_settled() -> None:
         ({"threshold": 1.1}, vn.PlanError, ["nothing would be left", "largest mean gate is 0"]),
         ({"threshold": "x"}, vn.PlanError, ["threshold='x'"]),
         ({"name": "v"}, vn.AdapterError, ["no adapter called 'v'"]),
-        ({"score": lambda m: float("nan")}, vn.PlanError, ["score without", "finite number"]),
+        ({"score": lambda m: float("nan")}, vn.PlanError, ["score of the whole adapter", "finite number"]),
     ],
 )  # fmt: skip
 def test_refusals(options: dict[str, Any], error: type[vn.VeneerError], texts: list[str]) -> None:
