@@ -194,9 +194,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def fill(model: nn.Module, record: Record, tensors: dict[str, Tensor], where: str) -> None:
     """Give the parts of `record`, made blank, the saved tensors; every one must have its place, and every place its
     tensor. Takes their dtype, and their modules' devices."""
-    for prefix, part in named_parts(record):
-        if hasattr(part, "unfold"):
-            part.unfold({k.removeprefix(prefix + "."): v for k, v in tensors.items() if k.startswith(prefix + ".")})
+    unfold(record, tensors)
     own = tensors_of(model, record, fold=False)
     for key in own:
         if key not in tensors:
@@ -222,3 +220,13 @@ def fill(model: nn.Module, record: Record, tensors: dict[str, Tensor], where: st
                             new = tensors[names[id(p)]].to(device, copy=True)
                             filled[id(p)] = nn.Parameter(new, requires_grad=p.requires_grad) if isinstance(p, nn.Parameter) else new
                         store[key] = filled[id(p)]  # type: ignore[assignment]
+    for prefix, part in named_parts(record):
+        if flaw := part.flaw():
+            raise StoreError(f"{prefix}: {flaw}", where=where, fix="The file is damaged; take another copy")
+
+
+def unfold(record: Record, tensors: dict[str, Tensor]) -> None:
+    """Let every part take the form that its saved tensors have."""
+    for prefix, part in named_parts(record):
+        if hasattr(part, "unfold"):
+            part.unfold({k.removeprefix(prefix + "."): v for k, v in tensors.items() if k.startswith(prefix + ".")})

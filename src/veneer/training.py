@@ -64,11 +64,14 @@ def penalty(model: nn.Module, names: Iterable[str] | None = None) -> Tensor:
     return torch.stack([t.to(terms[0].device) for t in terms]).sum()
 
 
-def advance(model: nn.Module, step: int, total: int, names: Iterable[str] | None = None) -> None:
-    """Tell the active adapters (or those named) that optimiser step `step` of `total` (counted from 1) is done; gradients must still be
-    there. Methods that change while they train (AdaLoRA's budget, a lottery ticket's rewind) act on it.
+def advance(model: nn.Module, step: int, total: int, optimiser: Any = None, *, names: Iterable[str] | None = None) -> None:
+    """Tell the active adapters (or those named) that optimiser step `step` of `total` (counted from 1) is done; gradients
+    must still be there. Methods that change while they train (AdaLoRA's budget, a lottery ticket's rewind) act on it.
 
-    Raises: AdapterError for a step that is not within 1 to total.
+    optimiser  needed by methods that exchange their parameters for others: those that are gone leave it with their state,
+               and the new ones take their places
+
+    Raises: AdapterError for a step that is not within 1 to total, and where an optimiser is needed and not given.
     """
     if not 1 <= step <= total:
         raise AdapterError(f"step {step} of {total}", fix="Steps count from 1 to the total")
@@ -76,4 +79,29 @@ def advance(model: nn.Module, step: int, total: int, names: Iterable[str] | None
     for name in state.active if names is None else names:
         record = state.adapters[name]
         for i, term in enumerate(record.plan.terms()):
-            term.method.advance([p for p in record.parts if p.term == i], step, total)
+            parts = [p for p in record.parts if p.term == i]
+            if not term.method.renews(step, total):
+                term.method.advance(parts, step, total)
+                continue
+            if optimiser is None:
+                raise AdapterError(f"{term.method.name} exchanges its parameters now", fix="Give the optimiser: vn.advance(model, step, total, optimiser)")
+            if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                raise AdapterError(f"{term.method.name} exchanges its parameters, which DDP and FSDP2 do not see", fix="Train it in one process")
+            before = {id(p) for part in parts for p in part.parameters()}
+            term.method.advance(parts, step, total)
+            exchange(getattr(optimiser, "optimizer", optimiser), before, [p for part in parts for p in part.parameters()])
+
+
+def exchange(optimiser: Any, before: set[int], now: list[nn.Parameter]) -> None:
+    """Take the parameters `before` that are not in `now` out of the optimiser, with their state, and put what is new in `now`
+    into the group that lost most."""
+    kept, lost = {id(p) for p in now}, []
+    for group in optimiser.param_groups:
+        gone = {id(p) for p in group["params"] if id(p) in before and id(p) not in kept}
+        for p in group["params"]:
+            if id(p) in gone:
+                optimiser.state.pop(p, None)
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+        lost.append(len(gone))
+    new = [p for p in now if id(p) not in before and p.requires_grad]
+    optimiser.param_groups[max(range(len(lost)), key=lost.__getitem__)]["params"] += new

@@ -88,6 +88,10 @@ class Method(Plan):
         """Called after every optimiser step, gradients still at hand, with the parts that this method made: for
         methods whose shape or mask changes while they train. Default: nothing."""
 
+    def renews(self, step: int, total: int) -> bool:
+        """Whether `advance` will exchange trained parameters for others at this step, so that it needs the optimiser."""
+        return False
+
     def leaves(self) -> Iterator[Method]:
         yield self
 

@@ -96,6 +96,10 @@ class Part(nn.Module):
         """`p` in the dtype that `x` is computed in."""
         return p if p.dtype == x.dtype else p.to(x.dtype)
 
+    def flaw(self) -> str:
+        """What is wrong with tensors that a file gave, beyond their shapes; '' where nothing is."""
+        return ""
+
     def scale_by(self, c: float) -> bool:
         """Fold the constant `c` into the parameters, so that the deviation is c times what it was. False: cannot."""
         return False

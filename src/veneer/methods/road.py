@@ -14,7 +14,7 @@ from .parts import MapPart, Part, like
 
 @dataclass(frozen=True)
 class RoAd(Method):
-    """2D rotary adaptation (Liao and Monz, NeurIPS 2024, arXiv 2409.00119).
+    """Rotary adaptation in 2D (Liao and Monz, NeurIPS 2024, arXiv 2409.00119).
 
         y = R (W x + b),   for each pair:  y_i = α cos θ · h_i - α sin θ · h_j,   y_j = α sin θ · h_i + α cos θ · h_j
 

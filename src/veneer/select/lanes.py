@@ -135,7 +135,8 @@ class Lane:
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * c.rate_at(r.step, self.steps)
         self.optimizer.step()
-        advance(self.adapter.model, r.step + 1, self.steps, names=(self.name,))
+        advance(self.adapter.model, r.step + 1, self.steps, self.optimizer, names=(self.name,))
+        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]  # a method may have exchanged some
         self.optimizer.zero_grad(set_to_none=True)
         r.step += 1
         r.examples += rows

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..attach import state_of
 from ..errors import StoreError
-from ..store import read_tensors, save, tensors_of, write_whole
+from ..store import read_tensors, save, tensors_of, unfold, write_whole
 from ..training import advance, param_groups, penalty
 
 STATE = "training.safetensors"
@@ -67,7 +67,7 @@ class Advance(TrainerCallback):
     """Tells the adapters of each optimiser step."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        advance(model, min(state.global_step + 1, state.max_steps), state.max_steps)
+        advance(model, min(state.global_step + 1, state.max_steps), state.max_steps, kwargs.get("optimizer"))
 
 
 def tensors_in(model: Any, name: str) -> dict[str, Tensor]:
@@ -90,6 +90,7 @@ def fill_from(model: Any, name: str, folder: str | Path) -> None:
 
 def fill_with(model: Any, name: str, tensors: dict[str, Tensor], where: str) -> None:
     """Copy `tensors` into the attached adapter `name`. Raises: StoreError where they do not fit, and changes nothing."""
+    unfold(state_of(model).adapters[name], tensors)  # an adapter may have another form than it was attached in
     own = tensors_in(model, name)
     for key in own.keys() | tensors.keys():
         if key not in own or key not in tensors or own[key].shape != tensors[key].shape:
