@@ -79,7 +79,7 @@ def test_every_method_is_described(record) -> None:
     assert "=" in doc and "Parameters:" in doc and "Raises:" in doc
     assert set(record.ports) <= {"weight", "param", "hidden", "kv", "embed"} and record.family
     assert (record.paper and record.paper.split(",")[0] in doc) or record.name == "full"
-    assert set(record.capabilities) == {c for c in ("mergeable", "identity_at_init", "routable", "gateable") if getattr(record.cls, c)}
+    assert set(record.capabilities) == {c for c in ("mergeable", "identity_at_init", "routable", "gateable", "needs_data") if getattr(record.cls, c)}
 
 
 def test_public_index() -> None:

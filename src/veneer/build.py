@@ -9,7 +9,7 @@ from torch import nn
 
 from . import resolve
 from .errors import PlanError, SiteError, VeneerError
-from .methods.base import Build
+from .methods.base import Build, Method
 from .methods.parts import Part, like, module_at
 from .patterns import select
 from .plan import Plan
@@ -31,15 +31,13 @@ def make_parts(
     for i, term in enumerate(plan.terms()):
         build = Build(model, gated=term.unscaled, dtype=dtype, tokenizer=tokenizer, blank=blank, probe=probe)
 
-        def sites(
-            at: str | None, port: str, default: str, kinds: tuple[str, ...] = term.method.kinds, tied: bool = term.method.tied, who: str = term.method.name
-        ) -> list[Site]:
+        def sites(at: str | None, port: str, default: str, m: Method = term.method) -> list[Site]:
             why = "" if any(s.port == port for s in found) else resolve.why_not(model, port)
-            able = [s for s in found if s.port != "weight" or not kinds or s.kind in kinds]
-            if kinds and any(s.port == port for s in found) and not any(s.port == port for s in able):
-                raise SiteError(f"{at or default!r} matches nothing: {who} acts on maps of kind {', '.join(kinds)}, and this model has none")
+            able = [s for s in found if s.port != "weight" or not m.kinds or s.kind in m.kinds]
+            if not why and not any(s.port == port for s in able):
+                raise SiteError(f"{at or default!r} matches nothing: {m.name} acts on maps of kind {', '.join(m.kinds)}, and this model has none")
             chosen = select(able, at or default, port=port, default=at is None, why=why)
-            return once(model, chosen) if tied else chosen
+            return once(model, chosen) if m.tied else chosen
 
         try:
             for site, part in term.method.parts(sites, build):
