@@ -60,11 +60,11 @@ def test_a_run_leaves_what_using_it_needs(bases, tmp_path):
     predictor = Predictor(tmp_path / "r")
     text = "what a day"
     found = predictor([text])[0]
-    assert abs(sum(p for _, p in found) - 1) < 1e-5 and found[0][1] >= found[1][1]
+    assert abs(sum(found["probabilities"].values()) - 1) < 1e-5
     batch = predictor.tokenizer([text], return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
         logits = result.model.eval()(**batch).logits
-    assert predictor.labels[int(logits.argmax())] == found[0][0]
+    assert predictor.labels[int(logits.argmax())] == found["label"]
     with pytest.raises(vn.ConfigError, match="finished"):
         run(make_config(settings(bases, tmp_path / "r")), quiet=True)
     with pytest.raises(vn.ConfigError, match="another configuration.*seed"):
@@ -102,7 +102,7 @@ def test_language_modelling(bases, tmp_path):
     result = run(config, quiet=True)
     log = [e["loss"] for e in read_run(tmp_path / "r")["result"]["log"] if "loss" in e]
     assert set(result.metrics) == {"loss"} and log[-1] < log[0] - 0.2
-    assert Predictor(tmp_path / "r")(["the number 3"], max_new_tokens=3)[0].startswith("the number 3")
+    assert Predictor(tmp_path / "r")(["the number 3"], max_new_tokens=3)[0]["text"].strip()
 
 
 @pytest.mark.parametrize(

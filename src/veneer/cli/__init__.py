@@ -7,13 +7,13 @@ import sys
 import typer
 
 from ..errors import VeneerError
-from . import chat, compare, convert, demo, doctor, eval, export, init, inspect, merge, methods, predict, preview, report, schema, select, train
+from . import chat, compare, convert, demo, doctor, eval, export, init, inspect, merge, methods, predict, preview, report, schema, select, serve, train
 
 GROUPS = {
     "Set up": (init, doctor, schema),
     "Look": (inspect, methods, demo),
     "Train": (preview, train, select, report, compare),
-    "Use": (predict, chat, eval, merge, export, convert),
+    "Use": (predict, chat, eval, serve, merge, export, convert),
 }
 
 app = typer.Typer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,7 +10,8 @@ NAME = "eval"
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run's folder, or an adapter's: native, or Hugging Face PEFT's.")],
+    run: Annotated[str, typer.Argument(help="A run's folder; with --tasks also an adapter's: native, or Hugging Face PEFT's.")],
+    data: Annotated[str | None, typer.Argument(help="Rows as in training; default: those that the run held back.")] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, as arc_easy,hellaswag; else the run's own metrics.")] = "",
     include: Annotated[str | None, typer.Option(help="A folder with the harness's YAML files of your own tasks.")] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each task; default: all.", min=1)] = None,
@@ -21,19 +22,34 @@ def command(
     model: Annotated[str | None, typer.Option(help="The base, where it lies elsewhere now.")] = None,
     out: Annotated[str | None, typer.Option(help="Write the scores to this JSON file too.")] = None,
 ) -> None:
-    """Measure RUN: tasks of lm-evaluation-harness with the adapter attached, and the base beside it with --base."""
+    """Measure RUN: the metrics of its own task, or tasks of lm-evaluation-harness; the base beside it with --base."""
     from rich.console import Console
     from rich.table import Table
 
-    from ..eval.harness import harness
-    from ..serve.opened import open_folder
-
-    opened = open_folder(run, model=model)
     names = [t.strip() for t in tasks.split(",") if t.strip()]
+    if names:
+        from ..eval.harness import harness
+        from ..serve.opened import open_folder
+
+        opened = open_folder(run, model=model)
+        options: dict[str, Any] = {"include": include, "limit": limit, "shots": shots, "batch_size": batch_size, "chat": chat}
+
+        def measure(off: bool) -> list[Any]:
+            return harness(opened, names, base=off, **options)
+
+    else:
+        from ..eval.own import own
+        from ..serve.predict import Predictor
+
+        predictor = Predictor(run, model=model)
+
+        def measure(off: bool) -> list[Any]:
+            return own(predictor, data, base=off)
+
     arms = {"adapter": False} | ({"base": True} if base else {})
-    found = {arm: harness(opened, names, include=include, limit=limit, shots=shots, batch_size=batch_size, chat=chat, base=off) for arm, off in arms.items()}
+    found = {arm: measure(off) for arm, off in arms.items()}
     table = Table()
-    for head in ("task", "metric", "rows", *arms):
+    for head in ("task", "metric", "rows", *found):
         table.add_column(head, justify="left" if head in ("task", "metric") else "right")
     for scores in zip(*found.values(), strict=True):
         first = scores[0]
@@ -46,5 +62,5 @@ def command(
 
         from ..files import write_whole
 
-        data = {"run": run, "scores": {arm: [asdict(s) for s in scores] for arm, scores in found.items()}}
-        write_whole(Path(out), (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+        written = {"run": run, "scores": {arm: [asdict(s) for s in scores] for arm, scores in found.items()}}
+        write_whole(Path(out), (json.dumps(written, indent=1, ensure_ascii=False) + "\n").encode())

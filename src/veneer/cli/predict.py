@@ -1,8 +1,9 @@
-"""`veneer predict`: use a run on a text."""
+"""`veneer predict`: use a run on rows that it has never seen."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
@@ -11,14 +12,46 @@ NAME = "predict"
 
 def command(
     run: Annotated[str, typer.Argument(help="The folder of a run that `veneer train` or `veneer demo` wrote.")],
-    text: Annotated[list[str], typer.Argument(help="One text or more.")],
+    text: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]…", help="Texts; for pictures and sounds their files. Default: the lines that come in.")
+    ] = None,
+    file: Annotated[str | None, typer.Option("--file", help="A file of rows as in training, less what is asked for; or a folder, or a dataset.")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="Write the answers to this file, a JSON object a line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer of a model that generates, in tokens.", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.", min=1)] = 16,
+    model: Annotated[str | None, typer.Option(help="The base, where it lies elsewhere now.")] = None,
 ) -> None:
-    """Label TEXT (or continue it) with the adapter of RUN."""
+    """Label TEXT, tag it, continue it, answer it: what the run's task is, with its adapter."""
+    import json
+    from pathlib import Path
+
+    from ..errors import ConfigError
+    from ..files import write_whole
     from ..serve.predict import Predictor
 
-    predictor = Predictor(run)
-    for t, found in zip(text, predictor(text), strict=True):
-        if isinstance(found, str):
-            typer.echo(found)
-            continue
-        typer.echo(f"{found[0][0]}  ({', '.join(f'{name} {p:.3f}' for name, p in found)})  {t}")
+    if file is not None and text:
+        raise ConfigError("both texts and a file are given", where="--file", fix="Give one of them")
+    predictor = Predictor(run, model=model)
+    if file is not None:
+        rows = list(predictor.read(file))
+    else:
+        lines = text or ([] if sys.stdin.isatty() else [line.strip() for line in sys.stdin if line.strip()])
+        rows = predictor.rows_of(lines)
+    said: list[dict[str, Any]] = []
+    for row, answer in zip(rows, predictor.rows(rows, batch_size, max_new_tokens=max_new_tokens), strict=True):
+        given = predictor.given(row)
+        said.append({"input": given, **answer})
+        if out is None:
+            shown = predictor.answer.shown(answer)
+            typer.echo(f"{shown}  {_short(given)}" if predictor.answer.echoes else shown)
+    if out is not None:
+        write_whole(Path(out), "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in said).encode())
+        typer.echo(f"{len(said)} answers in {out}")
+
+
+def _short(given: dict[str, Any]) -> str:
+    import json
+
+    value = next(iter(given.values()), "")
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return " ".join(text.split())[:100]

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..adapter import activate
+from ..adapter import Adapter, activate
 from ..data.builtin import model_path
 from ..errors import AdapterError, ConfigError, VeneerError, did_you_mean
 from ..files import read_json
 from ..store import CONFIG, load, read_config
 from ..train.config import TrainConfig, make_config
-from ..train.run import ADAPTER, RUN, load_model, read_run
+from ..train.folder import ADAPTER, PROCESSOR, RUN, read_run
+from ..train.prepare import load_model
 
 # PEFT's task types, each with transformers' class that has such a head
 AUTO = {
@@ -46,6 +47,11 @@ class Opened:
     labels: list[str] = field(default_factory=list)
 
     @property
+    def adapter(self) -> Adapter:
+        """A handle on the first adapter."""
+        return Adapter(self.model, self.names[0])
+
+    @property
     def base(self) -> str:
         """Where the base was loaded from, as from_pretrained takes it."""
         return str(self.model.config._name_or_path or "")
@@ -70,19 +76,20 @@ class Opened:
         activate(self.model, names or None)
 
 
-def open_folder(folder: str | Path, *, model: str | None = None, more: list[str] | None = None) -> Opened:
+def open_folder(folder: str | Path, *, model: str | None = None, name: str | None = None, more: list[str] | None = None) -> Opened:
     """Open what `folder` holds: a run, a native adapter, or one of Hugging Face PEFT's.
 
     model   the base, in place of the one that the folder names
-    more    further adapters for the same base
+    name    what to call the adapter here; default: its own name
+    more    further adapters for the same base, as FOLDER or FOLDER=NAME
 
     Raises: ConfigError (not a folder of ours, an unfinished run, no base), StoreError (damaged files, another base).
     """
     folder = Path(folder)
-    opened = _run(folder, model) if (folder / RUN).exists() else _bare(folder, model)
+    opened = _run(folder, model, name) if (folder / RUN).exists() else _bare(folder, model, name)
     for other in more or []:
-        path, _, name = str(other).partition("=")
-        opened.add(path, name or None)
+        path, _, called = str(other).partition("=")
+        opened.add(path, called or None)
     activate(opened.model, opened.names[0])
     return opened
 
@@ -135,22 +142,24 @@ def config_of(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
         raise ConfigError(f"{e.what}: the run was written by veneer {wrote}, and this is {__version__}", where=e.where, fix=fix) from None
 
 
-def _run(folder: Path, base: str | None) -> Opened:
+def _run(folder: Path, base: str | None, name: str | None) -> Opened:
     config, data = config_of(folder)
     place = _finished(folder)
     if base is not None:
         config = config.model_copy(update={"model": base})
     try:
-        model, tokenizer = load_model(config, data["labels"])
+        model, tokenizer = load_model(config, data["labels"], folder / PROCESSOR)
     except ConfigError as e:
         raise ConfigError(f"the base of this run is not there: {e.what}", where=config.model, fix="Name it where it is now: --model PATH") from e
-    load(model, place, name=config.name)
+    name = name or config.name
+    load(model, place, name=name)
     model.eval()
-    return Opened(folder, model, tokenizer, [config.name], config, list(data["labels"]))
+    return Opened(folder, model, tokenizer, [name], config, list(data["labels"]))
 
 
-def _bare(folder: Path, base: str | None) -> Opened:
-    place, name = adapter_in(folder)
+def _bare(folder: Path, base: str | None, name: str | None) -> Opened:
+    place, own = adapter_in(folder)
+    name = name or own
     if (place / CONFIG).exists():
         described = read_config(place)["base"]
         path, kind = base or described.get("name_or_path"), described["class"]

@@ -1,0 +1,59 @@
+"""A run's own metrics, on the rows that it held back or on others."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..adapter import disabled
+from ..data.builtin import table
+from ..data.packing import pack
+from ..serve.predict import Predictor
+from ..train.prepare import Prepared, encode, tables
+from ..train.run import Batch, make_trainer, reported
+from .harness import Score
+
+
+def own(predictor: Predictor, data: str | None = None, *, base: bool = False) -> list[Score]:
+    """The scores of the run's task, computed as at the end of its training.
+
+    data   a file, folder or dataset of rows as in training; default: the rows that the run held back
+    base   switch the adapter off (a head that the base lacks is then as it was drawn)
+
+    Raises: DataError (data that is not there, labels that training never saw).
+    """
+    config, task = predictor.config, predictor.task
+    d = config.data
+    if data is None:
+        rows = tables(config)[1]
+    else:
+        rows = table(
+            data, text=d.text, label=d.label, encoding=d.encoding, formats=task.formats, format=d.format, columns=d.columns, split=d.eval_split,
+            subset=d.subset, on_error=d.on_error,
+        )  # fmt: skip
+        check_labels(task, rows)
+    encoded = encode(task, rows)
+    ready: Any = encoded.data
+    if config.packing:
+        from datasets import Dataset
+
+        ready = Dataset.from_list(pack(ready.to_list(), task.longest))
+    adapter = predictor.opened.adapter
+    p = Prepared(config, predictor.model, predictor.tokenizer, adapter.plan, adapter, ready, ready, predictor.labels, task, (rows, rows), (encoded, encoded))
+    with tempfile.TemporaryDirectory() as aside, disabled(p.model) if base else contextlib.nullcontext():
+        trainer = make_trainer(p, Path(aside), Batch(config.batch_size, 1), [], quiet=True)
+        found = reported(p, trainer.evaluate())
+    return [Score(config.task, name, value, None, len(encoded.rows)) for name, value in found.items()]
+
+
+def check_labels(task: Any, rows: Any) -> None:
+    """Raise DataError for labels that training never saw."""
+    from ..errors import DataError
+
+    extra = sorted(set(task.names(rows)) - set(task.labels))
+    if extra:
+        raise DataError(
+            f"labels that training never saw: {', '.join(extra[:10])}", where=rows.source, fix=f"Take those rows out; it knows {', '.join(task.labels)}"
+        )
