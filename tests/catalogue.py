@@ -13,16 +13,16 @@ REPRESENTATIVE = ("bert", "llama", "gpt2", "t5", "vit")
 CATALOGUE = {
     # low-rank
     "lora-options": lambda: vn.LoRA(4, at="linear", rank_stabilized=True, b_rate=16.0, freeze_a=True, ranks={"attn.q": 2}, alphas={"ffn": 3.0}),
-    "lora-orthogonal": lambda: vn.LoRA(4, init="orthogonal"),
-    "lora-pissa": lambda: vn.LoRA(2, at="all", init="pissa"),
-    "lora-olora": lambda: vn.LoRA(4, at="linear", init="olora"),
-    "lora-mica": lambda: vn.LoRA(4, at="linear", init="mica"),
-    "lora-eva": lambda: vn.LoRA(4, at="linear", init="eva"),
-    "lora-ga": lambda: vn.LoRA(2, at="linear", init="lora-ga"),
+    "lora-starts": lambda: (
+        vn.LoRA(2, init="pissa", at="attn.q,ffn")
+        + vn.LoRA(2, init="olora", at="attn.k")
+        + vn.LoRA(2, init="mica", at="attn.v")
+        + vn.LoRA(2, init="orthogonal", at="attn.o")
+    ),
+    "lora-data": lambda: vn.LoRA(4, at="attn", init="eva") + vn.LoRA(2, at="ffn", init="lora-ga"),
     "loftq": lambda: vn.LoftQ(4, at="linear"),
     "dora": lambda: vn.DoRA(2, at="all"),
-    "dora-pissa": lambda: vn.DoRA(2, at="linear", init="pissa"),
-    "adalora": lambda: vn.AdaLoRA(4, target=2, at="all"),
+    "adalora": lambda: vn.AdaLoRA(2, target=1, at="all"),
     "vera": lambda: vn.VeRA(8, at="all"),
     "tied-lora": lambda: vn.TiedLoRA(4, at="all"),
     "vblora": lambda: vn.VBLoRA(2, vectors=6, length=8, bound=0.2, at="linear"),
@@ -30,8 +30,10 @@ CATALOGUE = {
     "lora-xs": lambda: vn.LoRAXS(2, at="all"),
     "tinylora": lambda: vn.TinyLoRA(2, u=5, share="role", at="all"),
     "moslora": lambda: vn.MoSLoRA(2, at="all"),
+    "unilora": lambda: vn.UniLoRA(2, length=40, bound=1.0, at="linear"),
+    "loretta": lambda: vn.LoRETTA(2, t=3, cores=2, at="linear"),
     "gated-low-rank": lambda: vn.gated(vn.VeRA(8) + vn.TiedLoRA(4) + vn.VBLoRA(2, vectors=6, length=8, bound=0.3) + vn.RandLoRA(6) + vn.AdaLoRA(4, target=2)),
-    "gated-dora": lambda: vn.gated(vn.DoRA(2, at="linear")),
+    "gated-dora": lambda: vn.gated(vn.DoRA(2, at="linear", init="pissa")),
     "last-layer": lambda: vn.Full(at="ffn.*@-1:"),
     "loha": lambda: vn.LoHa(2, alpha=3, at="all"),
     "lokr": lambda: vn.LoKr(2, alpha=3, at="all"),

@@ -30,6 +30,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lora-xs": [{}, {"r": 4, "alpha": 2.5, "at": "linear"}],
     "tinylora": [{}, {"r": 3, "u": 1, "share": "all"}],
     "moslora": [{}, {"r": 3, "alpha": 1, "mixer": "kaiming"}],
+    "unilora": [{}, {"r": 3, "length": 9, "bound": 1.5}],
+    "loretta": [{}, {"r": 3, "t": 2, "cores": 4, "alpha": 1}],
     "ia3": [{}, {"at": "attn.{q,k}", "on": "input"}, {"on": "output"}],
     "bitfit": [{}, {"at": "norm"}],
     "bottleneck": [{"size": 4}, {"reduction": 2.5, "parallel": True, "activation": "gelu", "scale": "learnt", "norm": True, "dropout": 0.1, "at": "attn,ffn"}],

@@ -12,6 +12,8 @@ METHODS = {
     "LoRAXS": "lora_xs",
     "TinyLoRA": "tinylora",
     "MoSLoRA": "moslora",
+    "UniLoRA": "unilora",
+    "LoRETTA": "loretta",
     "IA3": "ia3",
     "BitFit": "bitfit",
     "Bottleneck": "bottleneck",

@@ -344,3 +344,37 @@ def test_patterns_must_match_and_an_odd_rank_has_no_halves() -> None:
         vn.attach(model, vn.LoRA(3, init="orthogonal"))
     with refuses(vn.PlanError, "over the rank", model=model):
         vn.attach(model, vn.LoRA(4, ranks={"attn.q": 999}))
+
+
+@pytest.mark.parametrize("init", ["pissa", "mica", "orthogonal"])
+def test_starts_in_pefts_format_are_for_the_original_base(init: str, tmp_path: Any) -> None:
+    inputs = fresh("llama")[1]
+    model, adapter = ours("llama", vn.LoRA(4, init=init, rank_stabilized=True, ranks={"attn.q": 2}, at="attn.{q,v}"))
+    shake(adapter)
+    vn.save(model, tmp_path / "a", format="peft")
+    other = peft.PeftModel.from_pretrained(build("llama"), str(tmp_path / "a")).eval()
+    with torch.no_grad():
+        same(look(model, inputs), other(**inputs).logits)
+    again = build("llama")
+    vn.load(again, tmp_path / "a")
+    same(look(again, inputs), look(model, inputs))
+    factors = {p.A.shape[0] for p in vn.Adapter(again, "default").parts}
+    assert factors == ({4, 8} if init == "pissa" else {2, 4})
+
+
+def test_fused_products_take_every_low_rank_part_and_no_other() -> None:
+    inputs = fresh("llama")[1]
+    for method, fused in ((vn.LoRA(4, init="pissa"), True), (vn.VeRA(4), True), (vn.DoRA(4), False), (vn.LoftQ(4), False)):
+        model = build("llama")
+        adapter = shake(vn.attach(model, method))
+        plain = look(model, inputs)
+        loss(model, inputs).backward()
+        expected = {n: p.grad.clone() for n, p in adapter.named_parameters()}
+        model.zero_grad()
+        vn.optimize(model)
+        same(look(model, inputs), plain, 2e-5)
+        loss(model, inputs).backward()
+        for n, p in adapter.named_parameters():
+            same(p.grad, expected[n], 1e-4)
+        hosts = [h for h in model.__dict__["_veneer_state"].hosts.values() if h.recipe and h.recipe.outputs]
+        assert hosts and all((h.recipe.bundle is not None) == fused for h in hosts), method

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import veneer as vn
-from helpers import build, fresh, look, refuses, shake
+from helpers import build, fresh, grads, look, loss, refuses, shake
+from veneer.methods.base import Build
+from veneer.methods.loretta import LoRETTAPart, split
 
 peft = pytest.importorskip("peft")
 
@@ -223,6 +225,36 @@ def test_moslora(mixer: str) -> None:
     deltas(adapter, lambda p: 2 * p.B @ p.M @ p.A)
 
 
+def test_unilora() -> None:
+    config = peft.UniLoraConfig(r=2, theta_d_length=30, target_modules=TARGETS)
+    model, adapter, other, found = both(vn.UniLoRA(2, length=30, at=AT), config)
+    bank, pairs = adapter.parts[0], []
+    for p, layer in found:
+        a, b = p.index_A.long(), p.index_B.long()
+        pairs += [(a, layer.unilora_indices_A["default"]), (b, layer.unilora_indices_B["default"])]
+        pairs += [(bank.norm[a], layer.unilora_scales_A["default"]), (bank.norm[b], layer.unilora_scales_B["default"])]
+    pairs.append((bank.theta, found[0][1].unilora_theta_d["default"]))
+    check(model, other, put(pairs))
+    entries = torch.cat([t.flatten() for p, _ in found for t in (p.index_A, p.index_B)])
+    counts = torch.bincount(entries, minlength=30)
+    assert counts.max() - counts.min() <= 1
+    same(bank.norm, counts.float().rsqrt())
+
+
+def test_loretta() -> None:
+    adapter = shake(vn.attach(build("llama"), vn.LoRETTA(3, t=2, cores=2, alpha=6)))
+
+    def dense(p: Any) -> Tensor:
+        a, b = (torch.einsum("xia,ajb,bky->ijk", *f).reshape(-1, 3) for f in (list(p.A), list(p.B)))
+        return 2 * b @ a.T
+
+    deltas(adapter, dense)
+    assert split(768, 3) == [8, 8, 12] and split(32, 2) == [4, 8] and split(7, 3) == [1, 1, 7]
+    large = vn.attach(build("llama"), vn.LoRETTA(8, at="attn.q"), name="b").parts[0]
+    sampled = torch.stack([LoRETTAPart(large.site, Build(build("llama"), module=large.module), vn.LoRETTA(8)).pair()[0].detach() for _ in range(60)])
+    assert 0.7 < float(sampled.var() * 3 * 32) < 1.4  # LoRA's
+
+
 def test_what_is_left_after_settling_fits_a_smaller_bank(tmp_path: Any) -> None:
     model, inputs = fresh("llama")
     adapter = shake(vn.attach(model, vn.gated(vn.VeRA(4, at="attn.q,ffn.down"))))
@@ -238,6 +270,34 @@ def test_what_is_left_after_settling_fits_a_smaller_bank(tmp_path: Any) -> None:
     assert torch.equal(look(again, inputs), after)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at every input's .grad, also where it has none
+def test_all_compile_without_graph_breaks_and_checkpoint() -> None:
+    model, inputs = fresh("bert")
+    plan = vn.DoRA(2, at="attn.q") + vn.VeRA(4, at="attn.k") + vn.AdaLoRA(2, target=1, at="attn.v") + vn.TinyLoRA(2, u=3, at="attn.o")
+    plan += vn.VBLoRA(2, vectors=5, length=8, at="ffn.up") + vn.UniLoRA(2, length=9, at="ffn.down") + vn.LoRETTA(2, cores=2, at="ffn.down")
+    adapter = shake(vn.attach(model, plan + vn.LoftQ(2, at="ffn.up") + vn.RandLoRA(8, at="attn.o") + vn.LoRA(2, init="pissa", at="ffn.up")), scale=0.02)
+    plain = look(model, inputs)
+    loss(model, inputs).backward()
+    expected = grads(adapter)
+    model.zero_grad()
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss(model, inputs).backward()
+    for n, g in grads(adapter).items():
+        torch.testing.assert_close(g, expected[n], atol=1e-4, rtol=1e-3, msg=n)
+    model.gradient_checkpointing_disable()
+    model.zero_grad()
+    torch._dynamo.reset()
+    layer = model.bert.encoder.layer[0]
+    layer.compile(backend="aot_eager", fullgraph=True)
+    model.eval()
+    same(look(model, inputs), plain)
+    loss(model, inputs).backward()
+    for n, g in grads(adapter).items():
+        torch.testing.assert_close(g, expected[n], atol=1e-4, rtol=1e-3, msg=n)
+    torch._dynamo.reset()
+
+
 # -- errors -------------------------------------------------------------------------------------------------------------
 BAD = [
     (lambda: vn.AdaLoRA(4, target=8), "target=8 is over r=4", "Use r=8"),
@@ -246,6 +306,7 @@ BAD = [
     (lambda: vn.VBLoRA(2, bound=0), "bound must be positive", ""),
     (lambda: vn.TinyLoRA(2, share="layer"), "share is 'layer'", "role"),
     (lambda: vn.MoSLoRA(2, mixer="zero"), "mixer is 'zero'", "orthogonal"),
+    (lambda: vn.UniLoRA(2, bound=0), "bound must be positive", ""),
     (lambda: vn.VeRA(0), "r must be", ""),
 ]
 
@@ -260,6 +321,8 @@ def test_sizes_that_do_not_fit() -> None:
     model = build("llama")
     with refuses(vn.PlanError, "length=7 does not divide", "Use length=4", model=model):
         vn.attach(model, vn.VBLoRA(2, vectors=4, length=7))
+    with refuses(vn.PlanError, "length=9999 is over the", "or less", model=model):
+        vn.attach(model, vn.UniLoRA(2, length=9999))
     for method in (vn.RandLoRA(99), vn.LoRAXS(99), vn.TinyLoRA(99), vn.MoSLoRA(99), vn.AdaLoRA(99)):
         with refuses(vn.PlanError, "rank 99 is over the rank", model=model):
             vn.attach(model, method)

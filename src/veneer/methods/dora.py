@@ -11,7 +11,8 @@ from ..ops.maps import take
 from ..ops.weights import plain
 from ..sites import Site
 from .base import Build, Method
-from .lora import LoRA, LoRAPart
+from .factors import LoRAPart
+from .lora import LoRA
 from .parts import Part
 from .starts import wide
 

@@ -12,7 +12,8 @@ from ..ops.rounding import ROUNDINGS
 from ..ops.weights import plain
 from ..sites import Site
 from .base import Build
-from .lora import LoRA, LoRAPart
+from .factors import LoRAPart
+from .lora import LoRA
 from .parts import Part
 from .starts import Start, svd, wide
 

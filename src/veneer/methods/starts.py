@@ -18,7 +18,8 @@ from ..errors import PlanError
 
 if TYPE_CHECKING:
     from .base import Build
-    from .lora import LoRA, LoRAPart
+    from .factors import LoRAPart
+    from .lora import LoRA
 
 
 @dataclass(frozen=True)
