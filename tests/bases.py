@@ -31,6 +31,8 @@ RUNS = {
     "images": ("vit", "pictures"),
     "sounds": ("wav2vec2", "sounds"),
     "embeddings": ("bert", "halves"),
+    "choice": ("llama", "tweets"),
+    "t_few": ("t5", "questions"),
 }
 
 
@@ -101,6 +103,10 @@ def make_data(root: Path, rows: int = 60) -> dict[str, str]:
     jsonl("conversations", [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": y}]} for q, y in zip(question, labels, strict=True)])
     jsonl("preferences", [{"prompt": q, "chosen": f" {y}", "rejected": " no idea"} for q, y in zip(question, labels, strict=True)])
     table_file("pairs", ["source", "target"], zip(question, labels, strict=True))
+    jsonl(
+        "questions",
+        [{"prompt": q, "choices": sorted(worth) + ["no idea"] * (i % 2), "label": y} for i, (q, y) in enumerate(zip(question, labels, strict=True))],
+    )
     jsonl("halves", [{"anchor": t[: len(t) // 2].strip() or "a", "positive": t[len(t) // 2 :].strip() or "b"} for t in texts])
     _pictures(root / "pictures")
     _sounds(root / "sounds")

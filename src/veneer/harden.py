@@ -76,17 +76,18 @@ def harden(
     for key, value in (("steps", steps), ("tries", tries), ("candidates", candidates)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PlanError(f"{key} must be a whole number of at least 1, not {value!r}")
-    search = Search(model, tokenizer, list(batches), _slot(model, name), loss)
+    loss_of = loss or _own_loss
+    search = Search(model, tokenizer, list(batches), slot_of(model, name), lambda batch: loss_of(model(**batch)))
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        return search.run(start, steps, tries, candidates)
+        return search.run([start], steps, tries, candidates)
     finally:
         for m, training in modes:
             m.training = training
 
 
-def _slot(model: nn.Module, name: str | None) -> Any:
+def slot_of(model: nn.Module, name: str | None) -> Any:
     """The one part that puts vectors before the input."""
     from .adapter import known
 
@@ -115,37 +116,42 @@ def holding(part: Any, vectors: Tensor) -> Iterator[None]:
 
 
 class Search:
-    """The measurements that the search is made of."""
+    """The measurements that the search is made of. `loss_on` gives the loss of a batch."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, batches: list[Any], slot: Any, loss: Callable[[Any], Tensor] | None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, batches: list[Any], slot: Any, loss_on: Callable[[Any], Tensor]) -> None:
         if not batches:
             raise CapabilityError("no batches to measure prompts on", fix="Give some, with labels, as in training")
-        self.model, self.tokenizer, self.batches, self.slot = model, tokenizer, batches, slot
-        self.loss_of = loss or _own_loss
+        self.tokenizer, self.slot, self.loss_on = tokenizer, slot, loss_on
         self.table = table_of(model, slot)
+        device = self.table.device
+        self.batches = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches]
         words = torch.ones(self.table.shape[0], dtype=torch.bool)
         words[[i for i in tokenizer.all_special_ids if i < len(words)]] = False
         words[len(tokenizer) :] = False  # rows that pad the table
         self.words = words.to(self.table.device)
         self.known: dict[tuple[int, ...], float] = {}
 
-    def run(self, start: str | None, steps: int, tries: int, candidates: int) -> Hardened:
+    def run(self, starts: list[str | None], steps: int, tries: int, candidates: int) -> Hardened:
+        """The best of the searches from `starts`; None is the nearest tokens."""
         with torch.no_grad():
             soft = self.slot.prompt().detach().to(self.table)
         near = self.nearest(soft)
         nearest = self.tokenizer.decode(near)
         out = Hardened(nearest, [], 0.0, self.mean(soft), (nearest, self.measure(self.ids(nearest) or near)))
-        ids = self.ids(start) if start is not None else self.ids(nearest) or near
-        if not ids:
-            raise PlanError(f"start={start!r} has no tokens")
-        best = self.measure(ids)
-        for _ in range(steps):
-            found = min(((self.measure(c), c) for c in self.exchanges(ids, tries, candidates)), default=(best, ids))
-            if found[0] >= best:
-                break
-            best, ids = found
-            out.steps.append((self.tokenizer.decode(ids), best))
-        out.text, out.ids, out.loss, out.tried = self.tokenizer.decode(ids), ids, best, len(self.known)
+        for start in starts:
+            ids = self.ids(start) if start is not None else self.ids(nearest) or near
+            if not ids:
+                raise PlanError(f"start={start!r} has no tokens")
+            best, taken = self.measure(ids), []
+            for _ in range(steps):
+                found = min(((self.measure(c), c) for c in self.exchanges(ids, tries, candidates)), default=(best, ids))
+                if found[0] >= best:
+                    break
+                best, ids = found
+                taken.append((self.tokenizer.decode(ids), best))
+            if not out.ids or best < out.loss:
+                out.text, out.ids, out.loss, out.steps = self.tokenizer.decode(ids), ids, best, taken
+        out.tried = len(self.known)
         return out
 
     def ids(self, text: str) -> list[int]:
@@ -160,7 +166,7 @@ class Search:
         """Prompts that differ from `ids` in one token, the most promising first; all can be typed."""
         e = self.table[ids].clone().requires_grad_(True)
         with torch.enable_grad(), holding(self.slot, e):
-            total = sum((self.loss_of(self.call(b)) for b in self.batches), torch.zeros((), device=e.device)) / len(self.batches)
+            total = sum((self.loss_on(b) for b in self.batches), torch.zeros((), device=e.device)) / len(self.batches)
             (g,) = torch.autograd.grad(total, e)
         gain = (e.detach() * g).sum(-1, keepdim=True) - g @ self.table.t()
         gain = gain.masked_fill(~self.words, float("-inf"))
@@ -187,11 +193,7 @@ class Search:
     def mean(self, vectors: Tensor) -> float:
         """The mean loss of the batches under a prompt."""
         with holding(self.slot, vectors):
-            return float(sum(float(self.loss_of(self.call(b))) for b in self.batches) / len(self.batches))
-
-    def call(self, batch: Any) -> Any:
-        device = self.table.device
-        return self.model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+            return sum(float(self.loss_on(b)) for b in self.batches) / len(self.batches)
 
 
 def table_of(model: nn.Module, slot: Any) -> Tensor:

@@ -65,6 +65,7 @@ ROWS = {
     "text-to-text": ({"article": "a", "summary": "b"}, {"source": "a", "target": "b"}),
     "translation": ({"translation": {"en": "a", "fr": "b"}}, {"source": "a", "target": "b"}),
     "pair": ({"anchor": "a", "positive": "b"}, {"text": "a", "pair": "b"}),
+    "choices": ({"question": "a", "options": ["b", "c"], "label": "1"}, {"prompt": "a", "choices": ["b", "c"], "label": "1"}),
 }
 
 

@@ -7,12 +7,12 @@ import sys
 import typer
 
 from ..errors import VeneerError
-from . import chat, compare, convert, demo, doctor, eval, export, init, inspect, merge, methods, predict, preview, report, schema, select, serve, train
+from . import chat, compare, convert, demo, doctor, eval, export, init, inspect, merge, methods, predict, preview, prompts, report, schema, select, serve, train
 
 GROUPS = {
     "Set up": (init, doctor, schema),
     "Look": (inspect, methods, demo),
-    "Train": (preview, train, select, report, compare),
+    "Train": (preview, train, prompts, select, report, compare),
     "Use": (predict, chat, eval, serve, merge, export, convert),
 }
 

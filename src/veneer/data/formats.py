@@ -54,6 +54,12 @@ def _words(value: Any, column: str, folder: Path) -> list[str]:
     return [str(w) for w in words]
 
 
+def _list(value: Any, column: str, folder: Path) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise BadRow(f"column {column!r} holds no list of texts but {_short(value)}")
+    return list(value)
+
+
 def _messages(value: Any, column: str, folder: Path) -> list[dict[str, Any]]:
     if not isinstance(value, (list, tuple)) or not value:
         raise BadRow(f"column {column!r} holds no list of messages but {_short(value)}")
@@ -230,6 +236,15 @@ FORMATS: dict[str, Format] = {
         ),
         Format("image", (Field("image", ("image", "img", "file_name", "file", "path"), _file), Field("label", LABEL, _label)), "a picture's file and a label"),
         Format("audio", (Field("audio", ("audio", "sound", "file_name", "file", "path"), _file), Field("label", LABEL, _label)), "a sound's file and a label"),
+        Format(
+            "choices",
+            (
+                Field("prompt", ("prompt", "question", "text", "input")),
+                Field("choices", ("choices", "options", "answers"), _list),
+                Field("label", LABEL, _label),
+            ),
+            "a prompt, a list of answers, and the right one or its number (from 0)",
+        ),
         Format("text-label", (Field("text", TEXT), Field("label", LABEL, _label)), "a text and a label, or a list of labels, or a number"),
         Format("text", (Field("text", TEXT),), "plain text"),
     )

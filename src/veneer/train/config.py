@@ -22,6 +22,8 @@ TaskName = Literal[
     "image-classification",
     "audio-classification",
     "sentence-embedding",
+    "choice",
+    "text-to-choice",
 ]
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4", "torchao-fp8"]
 

@@ -22,6 +22,8 @@ TASKS = {
     "image-classification": "media.ImageClassification",
     "audio-classification": "media.AudioClassification",
     "sentence-embedding": "embedding.SentenceEmbedding",
+    "choice": "choices.Choice",
+    "text-to-choice": "choices.TextToChoice",
 }
 
 
