@@ -249,6 +249,52 @@ def test_dora_takes_loras_options() -> None:
     assert {p.A.shape[0] for p in adapter.parts} == {2, 4}
 
 
+class Packed(torch.nn.Module):
+    """A linear whose weight is codes."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.q = nf4(linear.weight.detach())
+        self.weight = torch.nn.Parameter((self.q * 0).to(torch.uint8), requires_grad=False)
+        self.bias, self.in_features, self.out_features = linear.bias, linear.in_features, linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.q, self.bias)
+
+
+def pack(model: Any, parts: list[Any]) -> Any:
+    """The model with codes in place of the weights that `parts` act on."""
+    for p in parts:
+        path, _, name = p.site.path.rpartition(".")
+        setattr(model.get_submodule(path), name, Packed(model.get_submodule(p.site.path)))
+    return model
+
+
+def test_dora_on_codes_is_dora_on_what_they_stand_for() -> None:
+    """The norm of a packed base comes from r answers of the module a step, never from its matrix."""
+    inputs = fresh("bert")[1]
+    model, adapter = ours("bert", vn.DoRA(3))
+    plain, packed = build("bert"), pack(build("bert"), adapter.parts)
+    with torch.no_grad():
+        for p in adapter.parts:
+            plain.get_submodule(p.site.path).weight.copy_(packed.get_submodule(p.site.path).q)
+    both = []
+    for m in (plain, packed):
+        torch.manual_seed(4)
+        both.append(shake(vn.attach(m, vn.DoRA(3))))
+    counts: list[int] = []
+    for p in both[1].parts:
+        assert p.packed
+        p.weight = lambda: counts.append(1)
+    same(look(packed, inputs), look(plain, inputs))
+    for m in (plain, packed):
+        loss(m, inputs).backward()
+    for p, q in zip(*(b.parts for b in both), strict=True):
+        for mine, their in zip(p.parameters(), q.parameters(), strict=True):
+            same(mine.grad, their.grad)
+    assert not counts
+
+
 # -- LoftQ --------------------------------------------------------------------------------------------------------------
 def test_nf4_has_the_published_levels() -> None:
     """The table of QLoRA's appendix E."""
@@ -289,26 +335,11 @@ def test_loftq_starts_nearer_to_the_base_than_its_quantisation(quantiser: str) -
 def test_a_loftq_file_fits_the_quantised_base(tmp_path: Any) -> None:
     """What was trained on the simulated base is the same function on a base that is Q(W) itself."""
 
-    class Packed(torch.nn.Module):
-        """A linear whose weight is codes."""
-
-        def __init__(self, linear: torch.nn.Linear) -> None:
-            super().__init__()
-            self.q = nf4(linear.weight.detach())
-            self.weight = torch.nn.Parameter((self.q * 0).to(torch.uint8), requires_grad=False)
-            self.bias, self.in_features, self.out_features = linear.bias, linear.in_features, linear.out_features
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.nn.functional.linear(x, self.q, self.bias)
-
     inputs = fresh("llama")[1]
     model, adapter = ours("llama", vn.LoftQ(4, at="attn.{q,v}"))
     shake(adapter)
     vn.save(model, tmp_path / "a")
-    quantised = build("llama")
-    for p in adapter.parts:
-        path, _, name = p.site.path.rpartition(".")
-        setattr(quantised.get_submodule(path), name, Packed(quantised.get_submodule(p.site.path)))
+    quantised = pack(build("llama"), adapter.parts)
     with refuses(vn.CapabilityError, "quantised already", "load it here", model=quantised):
         vn.attach(quantised, vn.LoftQ(4, at="attn.{q,v}"), name="b")
     loaded = vn.load(quantised, tmp_path / "a", check_base=False)

@@ -79,6 +79,8 @@ def test_vblora() -> None:
         pairs += [(p.logits_A, layer.vblora_logits_A["default"]), (p.logits_B, layer.vblora_logits_B["default"])]
     pairs.append((bank.v, found[0][1].vblora_vector_bank["default"]))
     check(model, other, put(pairs))
+    rates = {id(p): g["lr"] for g in vn.param_groups(model, 1e-2) for p in g["params"]}
+    assert rates[id(bank.v)] == pytest.approx(1e-3) and rates[id(found[0][0].logits_A)] == 1e-2
 
 
 @pytest.mark.parametrize("r", [6, 4])
@@ -303,7 +305,7 @@ BAD = [
     (lambda: vn.AdaLoRA(4, target=8), "target=8 is over r=4", "Use r=8"),
     (lambda: vn.AdaLoRA(4, target=2, warmup=0.6, final=0.5), "leave no steps", "under 1"),
     (lambda: vn.VBLoRA(2, vectors=1), "k=2 is over the 1 vectors", "k=1"),
-    (lambda: vn.VBLoRA(2, bound=0), "bound must be positive", ""),
+    (lambda: vn.VBLoRA(2, bound=0), "bound and bank_rate must be positive", ""),
     (lambda: vn.TinyLoRA(2, share="layer"), "share is 'layer'", "role"),
     (lambda: vn.MoSLoRA(2, mixer="zero"), "mixer is 'zero'", "orthogonal"),
     (lambda: vn.UniLoRA(2, bound=0), "bound must be positive", ""),

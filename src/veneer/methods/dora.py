@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.maps import take
-from ..ops.weights import plain
+from ..ops.weights import answers, plain
 from ..sites import Site
 from .base import Build, Method
 from .factors import LoRAPart
@@ -63,11 +63,18 @@ class DoRAPart(LoRAPart):
         """g, in fp32 at least."""
         with torch.no_grad():
             a, b = wide(a), wide(b)
-            w = self.weight() if self.packed else self.map.canonical(self.module._parameters[self.site.tensor or "weight"].detach())
-            cross = ((w @ a.mT.to(w.dtype)).to(b.dtype) * b).sum(-1)
+            cross = (self.across(a).to(b.dtype) * b).sum(-1)
             own = ((b @ (a @ a.mT)) * b).sum(-1)
             norm = (self.square.to(b.dtype) + 2 * self.scale * cross + self.scale**2 * own).clamp(min=1e-30).sqrt()
         return self.m.to(norm.dtype) / norm
+
+    def across(self, a: Tensor) -> Tensor:
+        """W Aᵀ (out, r); of a packed weight, what the module itself makes of A's rows, so that W is never unpacked."""
+        p = self.module._parameters.get(self.site.tensor or "weight")
+        if self.packed:
+            return self.map.canonical(answers(self.module, a, p))
+        w = self.map.canonical(p.detach())  # type: ignore[union-attr]
+        return w @ a.mT.to(w.dtype)
 
     def bias(self) -> Tensor | None:
         bias = getattr(self.module, "bias", None)

@@ -59,7 +59,9 @@ class LoRAPart(LowRankPart):
     def unfold(self, saved: dict[str, Any]) -> None:
         """Take the rank of the file, where ranks were dealt out by data."""
         a = saved.get("A")
-        if self.elastic and a is not None and a.dim() >= 2 and 1 <= a.shape[-2] <= min(self.site.out, self.site.inp):
+        if not self.elastic or a is None or a.dim() < 2 or a.shape[-2] == self.A.shape[-2]:
+            return
+        if 1 <= a.shape[-2] <= min(self.site.out, self.site.inp):
             self.hold(a.shape[-2])
 
     def pair(self) -> tuple[Tensor, Tensor]:

@@ -28,11 +28,11 @@ class VBLoRA(Method):
     vectors   of the bank, 256 by default; `length` of each, 256 by default (both PEFT's; the paper: 30 to 2048 and 256)
     k         vectors in a mixture; 2 by default (the paper's)
     bound     v ~ U(-bound, bound); 0.02 by default; σ ~ N(0, std²), std 0.1 by default (the paper's)
+    bank_rate the bank's learning rate as a multiple of the run's; 0.1 by default (the paper's: 0.001 and 0.01)
     dropout   on x before A, while training; 0 by default
 
     Neither factor is zero at the start, so the output is not quite the base's (the paper's choice; ΔW ~ r · bound² / 3).
-    The mixture's weights lie with the shared bank, so a gate's constant is kept as a gate. Train the bank slower than the
-    logits, or faster, with param_groups' rates of your own: the paper's are 0.001 and 0.01.
+    A gate's constant cannot be folded into a bank that other maps share, so it is kept as a gate.
 
     Parameters: vectors · length once, and r (in + out) / length · vectors a map (of which k indices and weights matter in
     the end). Raises: PlanError where `length` does not divide a map's size.
@@ -53,22 +53,24 @@ class VBLoRA(Method):
     k: int = 2
     bound: float = 0.02
     std: float = 0.1
+    bank_rate: float = 0.1
     dropout: float = 0.0
     at: str | None = None
 
     def __post_init__(self) -> None:
         self._positive(r=self.r, vectors=self.vectors, length=self.length, k=self.k)
-        self._finite(bound=self.bound, std=self.std)
+        self._finite(bound=self.bound, std=self.std, bank_rate=self.bank_rate)
         self._share(dropout=self.dropout)
         self._pattern()
         if self.k > self.vectors:
             raise self._fail(f"k={self.k} is over the {self.vectors} vectors of the bank", f"Use k={self.vectors} or less")
-        if self.bound <= 0 or self.std < 0:
-            raise self._fail(f"bound must be positive and std at least 0, not {self.bound!r} and {self.std!r}")
+        if min(self.bound, self.bank_rate) <= 0 or self.std < 0:
+            raise self._fail(f"bound and bank_rate must be positive and std at least 0, not {self.bound!r}, {self.bank_rate!r} and {self.std!r}")
 
     def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
         def bank(chosen: list[Site]) -> Projections:
             made = Projections(build, trained=("v",), v=(self.vectors, self.length))
+            made.rates = {"v": self.bank_rate}  # type: ignore[misc]
             with torch.no_grad():
                 made.v.uniform_(-self.bound, self.bound)
             return made

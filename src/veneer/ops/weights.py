@@ -41,16 +41,16 @@ def plain(p: Tensor, site: Site) -> bool:
 
 def asked(module: nn.Module, width: int, p: Tensor | None) -> Tensor:
     """W of a linear module from its own answers."""
+    starts = range(0, width, ROWS)
+    return torch.cat([answers(module, torch.eye(min(ROWS, width - i), width, dtype=torch.float32).roll(i, 1), p).t() for i in starts]).t()
+
+
+def answers(module: nn.Module, rows: Tensor, p: Tensor | None) -> Tensor:
+    """W rowsᵀ (out x n) for rows (n x in): f(rows) - f(0) of a linear module, whatever its weight `p` is stored as."""
     forward = own_class(module).forward  # without what is attached to it
     tensors = [t for t in (p, *module.parameters(recurse=False), *module.buffers(recurse=False)) if t is not None]
     device = tensors[0].device if tensors else torch.device("cpu")
     bias = getattr(module, "bias", None)
     dtype = bias.dtype if isinstance(bias, Tensor) and bias.is_floating_point() else getattr(module, "compute_dtype", None) or torch.float32
-    zero = forward(module, torch.zeros(1, width, device=device, dtype=dtype))
-    rows = []
-    for start in range(0, width, ROWS):
-        n = min(ROWS, width - start)
-        x = torch.zeros(n, width, device=device, dtype=dtype)
-        x[torch.arange(n), torch.arange(start, start + n)] = 1
-        rows.append(forward(module, x) - zero)
-    return torch.cat(rows).t()
+    rows = rows.to(device, dtype)
+    return (forward(module, rows) - forward(module, torch.zeros_like(rows[:1]))).t()

@@ -7,6 +7,8 @@ from ..plan import Plan
 # Light methods want more than full fine-tuning's 2e-5, and the fewer parameters a method has, the more. (rate, source)
 RATES: dict[str, tuple[float, str]] = {
     "lora": (5e-4, "UniPELT's for LoRA, 5e-4 (Mao et al. 2022, A.1); Hu et al. 2021, D take 2e-4 to 5e-4"),
+    "vera": (4e-3, "VeRA, 4e-3 to 1e-2 on GLUE (Kopiczko et al. 2024)"),
+    "vblora": (1e-2, "VB-LoRA's for its logits, 0.01; its bank gets a tenth (Li et al. 2024)"),
     "bottleneck": (5e-4, "UniPELT's for all submodules together, 5e-4; alone 1e-4 (Mao et al. 2022, A.1)"),
     "prefix": (5e-3, "P-tuning v2, 5e-3 to 1e-2 without an MLP (Liu et al. 2021)"),
     "prompt": (1e-2, "between P-tuning v2's and prompt tuning's 0.3 with Adafactor (Lester et al. 2021)"),
