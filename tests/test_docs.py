@@ -42,7 +42,8 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     """All blocks of the page, one after another, with small models in place of the hub's."""
     tokenizer = tf.AutoTokenizer.from_pretrained(model_path("minilm"))
     for cls, make in ((tf.AutoModelForSequenceClassification, bert), (tf.AutoModelForCausalLM, llama), (tf.AutoTokenizer, lambda name: tokenizer)):
-        monkeypatch.setattr(cls, "from_pretrained", make)
+        own = cls.from_pretrained
+        monkeypatch.setattr(cls, "from_pretrained", lambda name, own=own, make=make, **kw: own(name, **kw) if Path(name).is_dir() else make(name, **kw))
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
