@@ -18,6 +18,11 @@ def gathered(t: Tensor) -> Tensor:
     return t if whole is None else whole()
 
 
+def packed(t: Tensor) -> bool:
+    """Whether a tensor is one in name only, its numbers in others (torchao's quantised weights); a sharded one is not."""
+    return hasattr(t, "__tensor_flatten__") and not hasattr(t, "full_tensor")
+
+
 def fingerprint(model: nn.Module, without: set[str]) -> dict[str, Any]:
     """Class, sizes, and a few numbers of some tensors (none on the meta device) of the base, merged or not.
 
@@ -31,7 +36,7 @@ def fingerprint(model: nn.Module, without: set[str]) -> dict[str, Any]:
     added = {id(m._parameters[t]) for m, t in merged.added} if merged is not None else set()
     tensors = [
         (n, p) for n, p in model.named_parameters()
-        if f"{KEY}." not in n and n not in without and p.is_floating_point() and id(p) not in added
+        if f"{KEY}." not in n and n not in without and p.is_floating_point() and id(p) not in added and not packed(p)
     ]  # fmt: skip
     head = {s.path for s in resolve.sites(model) if s.role == "head" and s.port == "param"}
     tied = {id(p) for n, p in tensors if n.rpartition(".")[0] not in head}
@@ -73,7 +78,7 @@ def compare(saved: dict[str, Any], model: nn.Module, where: str, without: set[st
     here = fingerprint(model, without)
     shapes = {n: s for n, s in saved["shapes"].items() if n not in without}
     fix = f"It was trained on {saved.get('name_or_path') or saved.get('class')!r}"
-    quantised = any(not p.is_floating_point() for p in model.parameters())
+    quantised = any(not p.is_floating_point() or packed(p) for p in model.parameters())
     for n, s in shapes.items():
         if n in here["shapes"] and here["shapes"][n] != s:
             raise StoreError(f"the adapter is for another base: {n} is {here['shapes'][n]} here and {s} there", where=where, fix=fix)

@@ -72,6 +72,16 @@ def test_labels_unseen_in_training_and_rows_that_are_skipped(small, tmp_path):
     assert "not JSON" in found["train"]["reasons"][0] and "line 11" in found["train"]["reasons"][0]
 
 
+def test_a_label_that_is_drawn_for_evaluation_alone_is_left_out(small, tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(*[{"tokens": ["a", "b"], "tags": ["O", f"B-{i}"]} for i in range(12)], *[{"tokens": ["a"], "tags": ["O"]}] * 12))
+    settings = example("tokens", *small, tmp_path / "run")
+    settings["data"] = {"train": str(tmp_path / "a.jsonl"), "eval_rows": 12}
+    p = prepare(make_config(settings))
+    found = p.counts()["eval"]
+    assert found["rows"] + found["skipped"] == 12 and 0 < found["skipped"] < 12 and "is in no training row" in found["reasons"][0]
+    assert len(p.labels) == 1 + 12 - found["skipped"]
+
+
 def test_damaged_pictures_and_sounds_are_named(small, tmp_path):
     for name, ending in (("images", "png"), ("sounds", "wav")):
         for label in "ab":

@@ -74,6 +74,14 @@ def test_an_example_runs_and_goes_on_after_a_break(small, tmp_path, name):
     assert again.metrics == result.metrics
 
 
+@pytest.mark.parametrize("plan", ["lora", "prompt", "prefix"])
+def test_the_reference_of_dpo_is_the_base(small, tmp_path, plan):
+    """With a plan that is the identity at its start the first loss is log 2; a prompt is not, and moves it a little."""
+    result = run(make_config(example("dpo", *small, tmp_path / "a", plan=plan, max_steps=1, warmup=0.0)), quiet=True)
+    first = read_run(tmp_path / "a")["result"]["log"][0]["loss"]
+    assert abs(first - math.log(2)) < (1e-5 if plan == "lora" else 0.3) and set(result.metrics) == {"loss", "rewards/accuracies", "rewards/margins"}
+
+
 def test_every_task_has_an_example_and_a_name_in_the_configuration():
     import yaml
 

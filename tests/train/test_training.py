@@ -241,3 +241,20 @@ def test_run_json_says_how_the_data_came_out(small, tmp_path):
     with pytest.raises(vn.DataError, match="'much' is no number.*scores.csv, line"):
         run(make_config(settings | {"output": str(tmp_path / "b"), "data": settings["data"] | {"on_error": "stop"}}), quiet=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_quantised_base_is_trained_through_trainer_and_measured(small, tmp_path, monkeypatch):
+    """Trainer refuses a quantised model unless adapters are attached; weights that are made of other tensors are counted."""
+    from types import SimpleNamespace
+
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    from veneer.fingerprint import packed
+
+    pair = TwoTensor(torch.zeros(4, 2), torch.ones(4, 2))
+    assert packed(pair) and not packed(torch.zeros(2)) and sum(s.nbytes() for s in fit.storages(pair)) == 2 * 4 * 2 * 4
+    config = calm(small, tmp_path / "a")
+    monkeypatch.setattr(tf.BertForSequenceClassification, "is_quantized", True, raising=False)
+    monkeypatch.setattr(tf.BertForSequenceClassification, "hf_quantizer", SimpleNamespace(is_trainable=True, is_qat_trainable=False), raising=False)
+    result = run(config, quiet=True)
+    assert result.trainable > 0 and not result.model._hf_peft_config_loaded

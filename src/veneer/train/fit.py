@@ -39,21 +39,29 @@ class Estimate:
 def estimate(trainer: Any, row: dict[str, Any]) -> Estimate:
     """Measured by one forward pass of `row`: every tensor that autograd keeps for the backward pass, once."""
     model = trainer.model
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    base = [s for t in (*model.parameters(), *model.buffers()) for s in storages(t)]
+    own = {s.data_ptr() for s in base}
     kept: dict[int, int] = {}
 
     def see(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept.update((s.data_ptr(), s.nbytes()) for s in storages(t) if s.data_ptr() not in own)
         return t
 
     held = []
     with aside(trainer), torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t), see(t))[1], lambda t: t):
         _loss(trainer, [row])
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    weights = sum({s.data_ptr(): s.nbytes() for s in base}.values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Estimate(weights, trained * ADAM, sum(kept.values()), free_memory(next(model.parameters()).device))
+
+
+def storages(t: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+    """The memory of a tensor; of one made of others (torchao's quantised weights) that of each."""
+    if hasattr(t, "__tensor_flatten__"):
+        for name in t.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            yield from storages(getattr(t, name))
+    else:
+        yield t.untyped_storage()
 
 
 def roomy(trainer: Any, row: dict[str, Any], rows: int) -> bool:

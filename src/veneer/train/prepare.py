@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,9 @@ def tables(config: TrainConfig) -> tuple[Table, Table]:
             raise DataError(
                 f"there are {len(whole)} rows, too few to hold {held} back for evaluation", where=d.train, fix="Give data.eval, or a smaller data.eval_rows"
             )
-        train, test = whole.split(min(d.limit or len(whole), len(whole) - held), held, config.seed)
         task.check(whole, whole)
+        train, test = whole.split(min(d.limit or len(whole), len(whole) - held), held, config.seed)
+        test = seen(task, train, test)
         task.check(train, test)
         return train, test
     test = table(d.eval, split=d.eval_split, **options)
@@ -96,6 +97,20 @@ def tables(config: TrainConfig) -> tuple[Table, Table]:
         test = test.split(d.eval_rows, 0, config.seed)[0]
     task.check(whole, test)
     return whole, test
+
+
+def seen(task: Task, train: Table, test: Table) -> Table:
+    """`test` without the rows whose labels happened to be drawn into it alone; they are counted as skipped."""
+    known = set(task.names(train))
+    new = [sorted(set(task.names(test.take([i]))) - known) for i in range(len(test))] if known else []
+    out = [(test.place(i), f"the label {names[0]!r} is in no training row") for i, names in enumerate(new) if names]
+    if not out:
+        return test
+    if len(out) == len(test):
+        raise DataError(
+            f"no row held back for evaluation has a label that training sees; {out[0][1]}", where=test.source, fix="More rows, or fewer rare labels"
+        )
+    return replace(test.take(i for i, names in enumerate(new) if not names), skipped=(*test.skipped, *out))
 
 
 def load_model(config: TrainConfig, labels: list[str], processor: Path | None = None) -> tuple[Any, Any]:
@@ -134,6 +149,14 @@ def _load(config: TrainConfig, labels: list[str], processor: Path | None = None)
             f"the model cannot be loaded: {(str(e).splitlines() or [''])[0]}",
             where=config.model,
             fix=f"Give a folder that save_pretrained wrote, or a name of the hub, with a model for {config.task}",
+        ) from e
+    except (RuntimeError, ImportError, AttributeError, AssertionError) as e:
+        if config.quantization is None:
+            raise
+        raise ConfigError(
+            f"the base cannot be quantised here: {(str(e).splitlines() or [type(e).__name__])[0]}",
+            where=f"quantization={config.quantization}",
+            fix="Another quantisation, or a device that this one is made for (`veneer doctor` shows yours)",
         ) from e
     finally:
         transformers.logging.set_verbosity(before)

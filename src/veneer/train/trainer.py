@@ -25,6 +25,16 @@ class AdapterRuns:
     adapter_name = "adapter"
     task: Any = None
 
+    def __init__(self, model: Any = None, **kwargs: Any) -> None:
+        # transformers trains a quantised model only where an adapter is attached, and this is how it asks
+        if model is not None:
+            model._hf_peft_config_loaded = True
+        try:
+            super().__init__(model=model, **kwargs)
+        finally:
+            if model is not None:
+                del model._hf_peft_config_loaded
+
     def create_optimizer(self, model: Any = None) -> Any:
         """Trainer's optimiser, with the learning rates that the plan's methods ask for."""
         if self.optimizer is None:
