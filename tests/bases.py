@@ -17,7 +17,8 @@ from veneer.data.builtin import model_path, table
 from veneer.data.chat import CHATML
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+# what `veneer train` reads; a file with a section `select` is for that verb
+EXAMPLES = sorted(e for e in (ROOT / "examples").glob("*.yaml") if "select" not in yaml.safe_load(e.read_text(encoding="utf-8")))
 # what each example is run with here: (base, data), the rest is the example's own
 RUNS = {
     "classify": ("bert", "tweets"),

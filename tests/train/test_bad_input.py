@@ -147,7 +147,7 @@ def test_a_run_folder_that_is_not_one_and_a_disk_that_is_read_only(small, tmp_pa
     with pytest.raises(vn.ConfigError, match="not a run"):
         read_run(tmp_path / "run")
     assert (tmp_path / "run").read_text() == "mine"
-    with pytest.raises(vn.StoreError, match="cannot"):
+    with pytest.raises(vn.StoreError, match="a file is where the folder should be"):
         run(make_config(settings | {"output": os.devnull + "/run"}), quiet=True)
 
 
