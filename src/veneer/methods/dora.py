@@ -63,12 +63,12 @@ class DoRAPart(LoRAPart):
         """g, in fp32 at least."""
         with torch.no_grad():
             a, b = wide(a), wide(b)
-            cross = (self.across(a).to(b.dtype) * b).sum(-1)
+            cross = (self.through(a).to(b.dtype) * b).sum(-1)
             own = ((b @ (a @ a.mT)) * b).sum(-1)
             norm = (self.square.to(b.dtype) + 2 * self.scale * cross + self.scale**2 * own).clamp(min=1e-30).sqrt()
         return self.m.to(norm.dtype) / norm
 
-    def across(self, a: Tensor) -> Tensor:
+    def through(self, a: Tensor) -> Tensor:
         """W Aᵀ (out, r); of a packed weight, what the module itself makes of A's rows, so that W is never unpacked."""
         p = self.module._parameters.get(self.site.tensor or "weight")
         if self.packed:
