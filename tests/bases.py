@@ -32,7 +32,7 @@ RUNS = {
     "images": ("vit", "pictures"),
     "sounds": ("wav2vec2", "sounds"),
     "embeddings": ("bert", "halves"),
-    "choice": ("llama", "tweets"),
+    "choice": ("llama", "labelled"),
     "t_few": ("t5", "questions"),
 }
 
@@ -103,6 +103,7 @@ def make_data(root: Path, rows: int = 60) -> dict[str, str]:
     jsonl("plain", [{"text": t} for t in texts])
     jsonl("conversations", [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": y}]} for q, y in zip(question, labels, strict=True)])
     jsonl("preferences", [{"prompt": q, "chosen": f" {y}", "rejected": " no idea"} for q, y in zip(question, labels, strict=True)])
+    table_file("labelled", ["text", "label"], zip(texts, labels, strict=True))
     table_file("pairs", ["source", "target"], zip(question, labels, strict=True))
     jsonl(
         "questions",

@@ -33,6 +33,7 @@ def weights(folder):
 EXPECTED = {
     "multi-label-classification": {"labels", "decisions"}, "regression": {"numbers"}, "sentence-embedding": set(), "dpo": set(),
     "causal-lm": {"samples"}, "chat": {"samples"}, "text-to-text": {"samples"},
+    "choice": set(), "text-to-choice": set(),
 }  # fmt: skip
 
 

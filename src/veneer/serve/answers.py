@@ -92,6 +92,28 @@ class OneClass(Answer):
         return f"{answer['label']}  ({', '.join(f'{name} {p:.3f}' for name, p in list(answer['probabilities'].items())[:5])})"
 
 
+class Chosen(OneClass):
+    """As `OneClass`, of the row's own choices, or of the labels that the run was trained with: p is the softmax of their mean
+    log-probabilities."""
+
+    def blank(self, name: str, row: Row) -> Any:
+        found = row.get("choices", self.task.labels)
+        if not found:
+            raise DataError("there is nothing to choose among", fix="Give rows with a prompt and its choices: --file rows.jsonl")
+        return found[0]
+
+    def __call__(self, rows: list[Row], **options: Any) -> list[Row]:
+        from ..ops.choices import normalised, token_log_probs
+
+        batch = placed(self.task.collator()(self.encoded(rows)), self.task.model)
+        logits, targets = self.task.logits(self.task.model, batch)
+        out = []
+        for row, p in zip(rows, torch.softmax(normalised(token_log_probs(logits, targets), targets != IGNORE), -1).tolist(), strict=True):
+            ranked = sorted(zip(self.task.choices(row)[1], p, strict=False), key=lambda e: -e[1])
+            out.append({"label": ranked[0][0], "probabilities": dict(ranked)})
+        return out
+
+
 class OfPicture(OneClass):
     """As `OneClass`, of a picture's file."""
 
@@ -266,4 +288,6 @@ ANSWERS: dict[str, Callable[[Any], Answer]] = {
     "image-classification": OfPicture,
     "audio-classification": OfSound,
     "sentence-embedding": Vector,
+    "choice": Chosen,
+    "text-to-choice": Chosen,
 }

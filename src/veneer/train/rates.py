@@ -13,6 +13,10 @@ RATES: dict[str, tuple[float, str]] = {
     "prefix": (5e-3, "P-tuning v2, 5e-3 to 1e-2 without an MLP (Liu et al. 2021)"),
     "prompt": (1e-2, "between P-tuning v2's and prompt tuning's 0.3 with Adafactor (Lester et al. 2021)"),
     "ia3": (3e-3, "T-Few, 3e-3 (Liu et al. 2022)"),
+    "compacter": (3e-3, "Compacter, 3e-3 (Mahabadi et al. 2021)"),
+    "loreft": (9e-4, "LoReFT on commonsense reasoning, 9e-4 (Wu et al. 2024)"),
+    "direft": (9e-4, "as LoReFT"),
+    "multitask-prompt": (1e-2, "as prompt tuning here; the paper takes 0.3 (Wang et al. 2023)"),
     "bitfit": (1e-3, "BitFit, 1e-4 to 1e-2 (Ben Zaken et al. 2022)"),
     "full": (1e-3, "a fresh head on a frozen body, as linear probes take"),
 }

@@ -27,16 +27,14 @@ class TextToChoice(Task):
     auto = "AutoModelForSeq2SeqLM"
     formats = ("choices", "text-label")
     best = ("accuracy", True)
-    common: list[str] = []  # the choices of rows that have none of their own
 
     def names(self, table: Table) -> list[str]:
-        """None, since the answers are texts and no classes of a head; but those of labelled rows are the choices of each."""
-        self.common = table.names if "label" in table.rows[0] and "choices" not in table.rows[0] else []
-        return []
+        """Of labelled rows, the choices of each; none where every row has its own."""
+        return [] if "choices" in table.rows[0] else table.names
 
     def choices(self, row: dict[str, Any]) -> tuple[str, list[str], int]:
         """The prompt, the candidates, and the number of the right one."""
-        found = row.get("choices", self.common)
+        found = row.get("choices", self.labels)
         if len(found) < 2:
             raise BadRow(f"{len(found)} choices", "There must be two or more to choose among")
         label = row["label"]
