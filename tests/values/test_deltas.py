@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer as vn
-from helpers import build, fresh, look, refuses, shake
+from helpers import build, fresh, look, loss, refuses, shake
 from test_peft_format import logits, shaken
 from zoo import ZOO
 
@@ -61,7 +61,7 @@ def kron(part: Any, layer: Any) -> None:
 
 
 def spectrum(part: Any, layer: Any) -> None:
-    rows, cols = part.places()
+    rows, cols = part.located()
     assert torch.equal(torch.stack([rows, cols]), layer.indices["default"])
     part.c.copy_(layer.fourierft_spectrum["default"])
 
@@ -260,3 +260,38 @@ def test_what_does_not_fit_is_refused(method: Any, text: str, base: Any) -> None
 def test_wrong_options(make: Any, text: str) -> None:
     with refuses(vn.PlanError, text):
         make()
+
+
+GATED = [
+    vn.LoHa(2), vn.LoKr(2), vn.FourierFT(20), vn.C3A(8), vn.MiSS(4), vn.RoAd(group=8), vn.OFT(4), vn.BOFT(4), vn.HRA(2), vn.GraLoRA(4), vn.DeLoRA(2), vn.HiRA(2),
+    vn.BEFT(), vn.NormTuning(), vn.LastLayers(1), vn.Magnitude(0.05), vn.LotteryTicket(0.05), vn.TrainableTokens((5, 40, 71)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", GATED, ids=lambda m: m.name)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_gate_scales_the_deviation(kind: str, method: Any) -> None:
+    """g = 1 is the method without a gate, g = 0 the base; in between the gate learns."""
+    model, inputs = fresh(kind)
+    inputs["input_ids"][:, :2] = torch.tensor([5, 40])
+    base = look(model, inputs)
+    free = shake(vn.attach(model, method, name="free"))
+    plain = look(model, inputs)
+    gated = vn.attach(model, vn.gated(method), name="gated")
+    torch.testing.assert_close(look(model, inputs), base, atol=1e-5, rtol=1e-4)
+    own = {n: p for n, p in free.named_parameters()}
+    with torch.no_grad():
+        for n, p in gated.named_parameters():
+            p.copy_(own[n]) if n in own else None
+        for part in gated.parts:
+            part.gate.bias.fill_(1e3)
+    torch.testing.assert_close(look(model, inputs), plain, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        for part in gated.parts:
+            part.gate.bias.fill_(-1e3)
+    torch.testing.assert_close(look(model, inputs), base, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        for part in gated.parts:
+            part.gate.bias.zero_()
+    loss(model, inputs).backward()
+    assert any(part.gate.bias.grad.abs() > 0 for part in gated.parts)

@@ -58,14 +58,14 @@ class FourierPart(DeltaPart):
         self.frozen("index", drawn(m.n, site.out * site.inp, m.seed, new["device"]))
         self.c = nn.Parameter(torch.zeros(m.n, **new))
 
-    def places(self) -> tuple[Tensor, Tensor]:
+    def located(self) -> tuple[Tensor, Tensor]:
         """Row and column of each number."""
         index = self.index.long()
         return index.div(self.sizes[1], rounding_mode="floor"), index % self.sizes[1]
 
     def delta(self) -> Tensor:
         c = self.c.float()
-        dense = c.new_zeros(self.sizes).index_put(self.places(), c)
+        dense = c.new_zeros(self.sizes).index_put(self.located(), c)
         return (torch.fft.ifft2(dense).real * self.scale).to(self.c.dtype)
 
     def deviation(self, x: Tensor, h: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class FourierPart(DeltaPart):
             return super().deviation(x, h)
         # The transform is separable, so it is applied to x and not to C: F⁻¹ over the inputs, the n frequencies, F⁻¹
         # over the outputs. That is T n + FFTs, where the matrix would take T in out
-        u, v = self.places()
+        u, v = self.located()
         with torch.autocast(x.device.type, enabled=False):  # there is no FFT in bf16
             z = torch.fft.ifft(x.float(), dim=-1).index_select(-1, v) * self.c.float()
             z = z.new_zeros(*x.shape[:-1], self.sizes[0]).index_add(-1, u, z)
