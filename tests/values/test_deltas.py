@@ -263,8 +263,8 @@ def test_wrong_options(make: Any, text: str) -> None:
 
 
 GATED = [
-    vn.LoHa(2), vn.LoKr(2), vn.FourierFT(20), vn.C3A(8), vn.MiSS(4), vn.RoAd(group=8), vn.OFT(4), vn.BOFT(4), vn.HRA(2), vn.GraLoRA(4), vn.DeLoRA(2), vn.HiRA(2),
-    vn.BEFT(), vn.NormTuning(), vn.LastLayers(1), vn.Magnitude(0.05), vn.LotteryTicket(0.05), vn.TrainableTokens((5, 40, 71)),
+    vn.LoHa(2), vn.LoKr(2), vn.FourierFT(20), vn.C3A(8), vn.MiSS(4), vn.RoAd(group=8), vn.OFT(4), vn.BOFT(4), vn.HRA(2), vn.GraLoRA(4), vn.DeLoRA(2),
+    vn.HiRA(2), vn.BEFT(), vn.NormTuning(), vn.LastLayers(1), vn.Magnitude(0.05), vn.LotteryTicket(0.05), vn.TrainableTokens((5, 40, 71)),
 ]  # fmt: skip
 
 
