@@ -183,6 +183,16 @@ def test_two_adapters_add_and_rows_are_routed() -> None:
     assert not any(getattr(type(m), "_veneer_generated", False) for m in model.modules())
 
 
+def test_both_sides_of_one_tensor_are_not_merged_where_order_matters() -> None:
+    model, inputs = tied("llama")
+    shake(vn.attach(model, vn.OFT(4, at="head"), name="a"), 1)
+    shake(vn.attach(model, vn.IA3(at="embed"), name="b"), 2)
+    vn.activate(model, ["a", "b"])
+    look(model, inputs)
+    with refuses(vn.MergeError, "oft at lm_head and ia3 here|ia3 at model.embed_tokens and oft here", "from both sides", model=model):
+        vn.merge(model)
+
+
 @pytest.mark.parametrize("plan", ["embed", "input"])
 def test_generation_with_a_gate_goes_on_from_the_cache(plan: str) -> None:
     """A running gate keeps sums of its own at each place, so tokens decoded one by one see what a whole sequence sees."""

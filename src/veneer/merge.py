@@ -121,7 +121,7 @@ def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Par
         for key, value in p.named_parameters():
             if not value.is_meta and not torch.isfinite(value).all():
                 raise MergeError(f"{p.method_name} has NaN or infinity in {key!r}", where=p.site.path, fix="The base is untouched; train or load it again")
-    seen: dict[int, str] = {}
+    seen: dict[int, list[Part]] = {}
     tied: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for key, value in module._parameters.items():
@@ -145,7 +145,14 @@ def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Par
                 f"this weight is tied to {others[0]}, which the adapter does not change", where=where,
                 fix="Untie them first (config.tie_word_embeddings=False and a copy of the weight), or keep the adapter attached",
             )  # fmt: skip
-        seen[id(param)] = where
+        for q in seen.setdefault(id(param), []):
+            # each reads W as it was before the other, and at its own module: their order in one W would be another
+            if q.site.path != p.site.path and "input" in (p.acts, q.acts) and any(x.acts == "output" and x.reads_weight() for x in (p, q)):
+                raise MergeError(
+                    f"{q.method_name} at {q.site.path} and {p.method_name} here change one tied tensor from both sides", where=where,
+                    fix="Merge one of them, or keep both attached",
+                )  # fmt: skip
+        seen[id(param)].append(p)
 
 
 def _plain(module: nn.Module, p: Part) -> bool:

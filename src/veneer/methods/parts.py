@@ -96,6 +96,10 @@ class Part(nn.Module):
         """`p` in the dtype that `x` is computed in."""
         return p if p.dtype == x.dtype else p.to(x.dtype)
 
+    def reads_weight(self) -> bool:
+        """Whether dW depends on W."""
+        return False
+
     def flaw(self) -> str:
         """What is wrong with tensors that a file gave, beyond their shapes; '' where nothing is."""
         return ""
@@ -145,6 +149,9 @@ class MapPart(OutputPart):
         """(dW, db) for the map's matrix w, out x in (experts: E x out x in), and bias b, in their own dtype."""
         raise NotImplementedError
 
+    def reads_weight(self) -> bool:
+        return getattr(self, "factors", None) is None
+
     def across(self, m: Map, x: Tensor, h: Tensor) -> Tensor:
         """dW^T x at a module whose map `m` applies the transpose of this part's own W, as an embedding does of its tied
         head's; h is what it returned so far.
@@ -174,6 +181,9 @@ class DeltaPart(MapPart):
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.delta().to(w.dtype), None
+
+    def reads_weight(self) -> bool:
+        return False
 
     def across(self, m: Map, x: Tensor, h: Tensor) -> Tensor:
         return m.apply(x, self.cast(self.delta(), h).t())
