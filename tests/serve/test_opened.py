@@ -89,3 +89,21 @@ def test_a_bare_adapter_without_a_base_asks_for_one(runs, tmp_path):
     (tmp_path / "a" / "adapter.json").write_text(json.dumps(data))
     with pytest.raises(vn.ConfigError, match="does not say which base.*--model"):
         open_folder(tmp_path / "a")
+
+
+def test_merging_opens_the_base_unquantised(runs, tmp_path, monkeypatch):
+    """A run that says its base was quantised; loading it so is asked for only where it is used as it was trained."""
+    import veneer.serve.opened as ours
+
+    shutil.copytree(runs["lora"], tmp_path / "r")
+    data = json.loads((tmp_path / "r" / "run.json").read_text())
+    data["config"]["quantization"] = "torchao-int8"
+    (tmp_path / "r" / "run.json").write_text(json.dumps(data))
+    asked = []
+    load = ours.load_model
+    monkeypatch.setattr(
+        ours, "load_model", lambda config, *a: (asked.append(config.quantization), load(config.model_copy(update={"quantization": None}), *a))[1]
+    )
+    open_folder(tmp_path / "r")
+    opened = open_folder(tmp_path / "r", plain=True)
+    assert asked == ["torchao-int8", None] and all(p.dtype == torch.float32 for p in opened.model.parameters())

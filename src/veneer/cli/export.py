@@ -21,6 +21,6 @@ def command(
     from ..serve.export import export
     from ..serve.opened import open_folder
 
-    done = export(open_folder(run, model=model), out or Path(run) / "export" / to, to)
+    done = export(open_folder(run, model=model, plain=True), out or Path(run) / "export" / to, to)
     typer.echo(f"{done.path}")
     typer.echo(f"read again by {done.reader}: {done.difference}")

@@ -23,6 +23,6 @@ def command(
     from ..serve.merged import write_merged
     from ..serve.opened import open_folder
 
-    done = write_merged(open_folder(run, model=model), to, dtype)
+    done = write_merged(open_folder(run, model=model, plain=True), to, dtype)
     typer.echo(f"{done.path} ({done.dtype})")
     typer.echo(f"{done.difference}")

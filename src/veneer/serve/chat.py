@@ -12,6 +12,7 @@ from typing import Any
 from ..adapter import active
 from ..errors import CapabilityError, ConfigError, VeneerError, did_you_mean
 from ..files import write_whole
+from .answers import GREEDY, check_room
 from .opened import Opened
 
 
@@ -28,9 +29,7 @@ class Sampling:
         own: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
         if self.temperature > 0:
             own["temperature"] = self.temperature
-        else:  # the model's own settings for drawing would be warned about
-            own |= {"temperature": None, "top_p": None, "top_k": None}
-        return own
+        return own if self.temperature > 0 else own | GREEDY
 
 
 class Chat:
@@ -91,7 +90,7 @@ class Chat:
         else:
             batch = tokenizer(text, return_tensors="pt")
         batch = {k: v.to(model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
-        self._check_length(batch["input_ids"].shape[1])
+        check_room(model, batch["input_ids"].shape[1], self.sampling.max_new_tokens, "/reset begins anew; --max-new-tokens makes answers shorter")
         self._halt.clear()
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=not model.config.is_encoder_decoder, skip_special_tokens=True)
         failure: list[BaseException] = []
@@ -124,12 +123,6 @@ class Chat:
     def stop(self) -> None:
         """End the answer that is being made."""
         self._halt.set()
-
-    def _check_length(self, n: int) -> None:
-        room = getattr(self.opened.model.config.get_text_config(), "max_position_embeddings", None)
-        if room and n + self.sampling.max_new_tokens > room:
-            what = f"the conversation has {n} tokens, and with an answer of {self.sampling.max_new_tokens} it is over the model's {room}"
-            raise ConfigError(what, fix="/reset begins anew; --max-new-tokens makes answers shorter")
 
     def _using(self) -> str:
         names = active(self.opened.model)

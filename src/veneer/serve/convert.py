@@ -35,7 +35,7 @@ def convert(source: str | Path, to: str | Path, *, model: str | None = None, for
         format = "peft" if (place / CONFIG).exists() else "veneer"
     if format not in FORMATS:
         raise ConfigError(f"there is no format {format!r}", where="--format", fix=did_you_mean(format, FORMATS))
-    opened = open_folder(source, model=model)
+    opened = open_folder(source, model=model, plain=True)
     name = opened.names[0]
     inputs = probe(opened.model)
     adapted, base = with_and_without(opened.model, inputs)

@@ -76,17 +76,18 @@ class Opened:
         activate(self.model, names or None)
 
 
-def open_folder(folder: str | Path, *, model: str | None = None, name: str | None = None, more: list[str] | None = None) -> Opened:
+def open_folder(folder: str | Path, *, model: str | None = None, name: str | None = None, more: list[str] | None = None, plain: bool = False) -> Opened:
     """Open what `folder` holds: a run, a native adapter, or one of Hugging Face PEFT's.
 
     model   the base, in place of the one that the folder names
     name    what to call the adapter here; default: its own name
     more    further adapters for the same base, as FOLDER or FOLDER=NAME
+    plain   the base unquantised, also where the run trained on a quantised one: what merges and exports want
 
     Raises: ConfigError (not a folder of ours, an unfinished run, no base), StoreError (damaged files, another base).
     """
     folder = Path(folder)
-    opened = _run(folder, model, name) if (folder / RUN).exists() else _bare(folder, model, name)
+    opened = _run(folder, model, name, plain) if (folder / RUN).exists() else _bare(folder, model, name)
     for other in more or []:
         path, _, called = str(other).partition("=")
         opened.add(path, called or None)
@@ -142,11 +143,13 @@ def config_of(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
         raise ConfigError(f"{e.what}: the run was written by veneer {wrote}, and this is {__version__}", where=e.where, fix=fix) from None
 
 
-def _run(folder: Path, base: str | None, name: str | None) -> Opened:
+def _run(folder: Path, base: str | None, name: str | None, plain: bool) -> Opened:
     config, data = config_of(folder)
     place = _finished(folder)
     if base is not None:
         config = config.model_copy(update={"model": base})
+    if plain:
+        config = config.model_copy(update={"quantization": None})
     try:
         model, tokenizer = load_model(config, data["labels"], folder / PROCESSOR)
     except ConfigError as e:
