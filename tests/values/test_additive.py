@@ -341,3 +341,22 @@ def test_ladder_by_hand_and_no_gradient_enters_the_base() -> None:
         torch.testing.assert_close(a, b)
     with refuses(vn.PlanError, "width varies"):
         vn.attach(ZOO["swin"].build(), vn.Ladder())
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [vn.Compacter(size=4), vn.LlamaAdapter(3), vn.LoReFT(2, positions="first:2+last:1"), vn.Invertible(), vn.Ladder(reduction=4), vn.Bottleneck(4, skip=1)],
+    ids=lambda p: p.name,
+)
+def test_compiled_whole(plan: Any) -> None:
+    """One graph, without a break, and the same answer."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    inputs = ZOO["llama"].inputs(2, 7)
+    model = ZOO["llama"].build()
+    shake(vn.attach(model, plan).parameters(), 0)
+    with torch.no_grad():
+        expected = logits(model, inputs)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        same(compiled(**inputs).logits, expected)
