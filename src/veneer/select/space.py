@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,17 +15,16 @@ from torch import nn
 from .. import resolve
 from ..build import make_parts
 from ..errors import ConfigError, PlanError, VeneerError, did_you_mean
-from ..methods import find, methods
+from ..methods import methods
 from ..patterns import select as pick
-from ..plan import Gated, Plan, Sum, finite, gated, short
+from ..plan import Plan, Sum, gated, short
 from ..settle import narrow
 from ..sites import Site
 from ..train.rates import rate_of
 from .measure import merges
+from .part import Choose, Form, PartSpace, ascending, forms
+from .reading import read
 
-# choose(name, options, ordered) -> the index of one of the options: a sampler, a walk over all, or a fixed rule
-Choose = Callable[[str, Sequence[Any], bool], int]
-KEYS = ("parts", "plans", "together", "layers", "gated", "rates")
 Place = tuple[str, int]  # a layer: its tower, its number
 
 
@@ -41,45 +39,6 @@ class Candidate:
     def key(self) -> str:
         """The same for the same candidate, in any process."""
         return json.dumps([self.plan.to_dict(), self.rate], sort_keys=True)
-
-
-@dataclass(frozen=True)
-class PartSpace:
-    """One method with several values for some of its options. A 0 for an option that is a whole number leaves it out."""
-
-    name: str
-    method: type[Any]
-    fixed: dict[str, Any]
-    choices: dict[str, list[Any]]
-    optional: bool
-
-    @property
-    def switches(self) -> list[str]:
-        """The options whose 0 leaves the part out."""
-        hints = typing.get_type_hints(self.method)
-        return [k for k, v in self.choices.items() if any(x == 0 and type(x) is int for x in v) and _whole(hints.get(k))]
-
-    @property
-    def can_be_off(self) -> bool:
-        return self.optional or bool(self.switches)
-
-    @property
-    def size(self) -> int:
-        """How many forms it has, being left out not counted."""
-        return math.prod(len(v) - (k in self.switches) for k, v in self.choices.items())
-
-    def draw(self, choose: Choose, *, on: bool = False) -> Plan | None:
-        """The method with one value for each option, or None for 'left out'; `on` rules that out."""
-        if self.optional and not on and choose(self.name, (False, True), False) == 0:
-            return None
-        values = dict(self.fixed)
-        for key in (*self.switches, *(k for k in self.choices if k not in self.switches)):
-            options = [x for x in self.choices[key] if not (on and key in self.switches and x == 0)]
-            found = options[0] if len(options) == 1 else options[choose(f"{self.name}.{key}", options, _sorted(options))]
-            if key in self.switches and found == 0:
-                return None
-            values[key] = found
-        return self.method.from_fields(values, f"space.{self.name}")
 
 
 @dataclass
@@ -125,7 +84,7 @@ class Space:
             data = NAMED[data](model)
         if isinstance(data, (list, tuple)):
             data = {"plans": list(data)}
-        space = _parse(data, model, where)
+        space = Space(model, **read(data, where))
         space.name, space.beside = name, beside
         space._check(lenient)
         return space
@@ -146,10 +105,10 @@ class Space:
         gates = sum(1 for g in self.gates if g is None or any(p.method.gateable for p in self.parts))
         layers = 1 if self.layers == "all" else len(self.layers) if isinstance(self.layers, list) else 2 ** len(self.places) - 1
         if self.together == "one":
-            forms = sum(p.size for p in self.parts)
+            ways = sum(p.size for p in self.parts)
         else:
-            forms = math.prod(p.size + p.can_be_off for p in self.parts) - all(p.can_be_off for p in self.parts)
-        return forms * layers * (gates if several or self.gates != [None] else 1) * len(self.rates)
+            ways = math.prod(p.size + p.can_be_off for p in self.parts) - all(p.can_be_off for p in self.parts)
+        return ways * layers * (gates if several or self.gates != [None] else 1) * len(self.rates)
 
     def draw(self, choose: Choose) -> Candidate | None:
         """The candidate that `choose` leads to; None where it leaves everything out."""
@@ -237,9 +196,9 @@ class Space:
             masks = list(self.layers)
         best: tuple[int, Plan] | None = None
         for mask in masks:
-            forms = {p.name: min((n, m) for m in _forms(p) if (n := self._count(m, mask, count)) is not None) for p in self.parts if _forms(p)}
+            least = {p.name: min((n, m) for m in forms(p) if (n := self._count(m, mask, count)) is not None) for p in self.parts if forms(p)}
             need = [p.name for p in self.parts if not p.can_be_off] if self.together == "any" else []
-            chosen = [forms[n] for n in need] if need else [min(forms.values(), key=lambda f: f[0])]
+            chosen = [least[n] for n in need] if need else [min(least.values(), key=lambda f: f[0])]
             total = sum(f[0] for f in chosen)
             if best is None or total < best[0]:
                 best = total, _gate([m for f in chosen if (m := self._masked(f[1].plan, mask)) is not None], self.gates[0])
@@ -269,7 +228,7 @@ class Space:
         rest = {"together": self.together, "layers": self.layers, "gated": self.gates, "rates": self.rates, "left_out": self.left_out}
         return {"name": self.name, "parts": parts} | rest
 
-    def _count(self, form: _Form, mask: Any, count: Callable[[Plan], int]) -> int | None:
+    def _count(self, form: Form, mask: Any, count: Callable[[Plan], int]) -> int | None:
         plan = self._masked(form.plan, mask)
         return None if plan is None else count(plan)
 
@@ -283,7 +242,7 @@ class Space:
 
     @staticmethod
     def _one(name: str, options: Sequence[Any], choose: Choose) -> int:
-        return choose(name, options, _sorted(options)) if len(options) > 1 else 0
+        return choose(name, options, ascending(options)) if len(options) > 1 else 0
 
     def _only(self, choose: Choose) -> Plan | None:
         names = [p.name for p in self.parts]
@@ -335,7 +294,7 @@ class Space:
         kept: list[PartSpace] = []
         for p in self.parts:
             try:
-                for form in _forms(p):
+                for form in forms(p):
                     make_parts(self.model, form.plan, blank=True)
                 kept.append(p)
             except VeneerError as e:
@@ -349,22 +308,6 @@ class Space:
             raise ConfigError("the space is empty", where="space", fix="Give parts (methods with choices) or plans")
         if self.layers == "each" and not self.places:
             raise ConfigError("this model has no layers to switch", where="space.layers", fix="Set layers: all")
-
-
-@dataclass(frozen=True, order=True)
-class _Form:
-    text: str
-    plan: Any = field(compare=False)
-
-
-def _forms(part: PartSpace, most: int = 256) -> list[_Form]:
-    """The part in each of its forms; of very many, those with the first and the last choice of each option."""
-    keys = list(part.choices)
-    options = [[x for x in part.choices[k] if not (k in part.switches and x == 0)] for k in keys]
-    if math.prod(map(len, options)) > most:
-        options = [o if len(o) < 3 else [o[0], o[-1]] for o in options]
-    plans = [part.method.from_fields(part.fixed | dict(zip(keys, v, strict=True)), f"space.{part.name}") for v in itertools.product(*options)]
-    return [_Form(str(p), p) for p in plans]
 
 
 def _gate(members: list[Plan], per: str | None) -> Plan:
@@ -383,109 +326,3 @@ def _gate(members: list[Plan], per: str | None) -> Plan:
 
 def _identity(s: Site) -> tuple[Any, ...]:
     return s.path, s.port, s.role, s.tensor, s.slice
-
-
-def _whole(hint: Any) -> bool:
-    return hint is int or int in typing.get_args(hint)
-
-
-def _sorted(options: Sequence[Any]) -> bool:
-    numbers = [x for x in options if finite(x)]
-    return len(numbers) == len(options) and numbers == sorted(numbers)
-
-
-def _parse(data: Any, model: nn.Module, where: str) -> Space:
-    if not isinstance(data, dict):
-        raise ConfigError(f"a space is a name, a list of plans or a mapping, not {short(data)}", where=where)
-    for key in data:
-        if key not in KEYS:
-            raise ConfigError(f"a space has no key {short(key)}", where=where, fix=did_you_mean(str(key), KEYS))
-    if ("parts" in data) == ("plans" in data):
-        raise ConfigError("a space has either 'parts' or 'plans'", where=where, fix="parts: methods with choices; plans: a list of plans")
-    space = Space(model)
-    if "plans" in data:
-        for key in ("together", "layers", "gated"):
-            if key in data:
-                raise ConfigError(f"{key!r} is for a space of parts", where=where, fix="Leave it out, or write parts in place of plans")
-        if not isinstance(data["plans"], list):
-            raise ConfigError(f"'plans' is a list, not {short(data['plans'])}", where=where)
-        space.plans = [Plan.from_dict(p, f"{where}.plans[{i}]") for i, p in enumerate(data["plans"])]
-    else:
-        if not isinstance(data["parts"], list):
-            raise ConfigError(f"'parts' is a list of methods with choices, not {short(data['parts'])}", where=where)
-        for i, p in enumerate(data["parts"]):
-            space.parts.append(_part(p, f"{where}.parts[{i}]", [q.name for q in space.parts]))
-    space.together = _word(data.get("together", "any"), ("any", "one"), f"{where}.together")
-    space.layers = _layers(data.get("layers", "all"), f"{where}.layers")
-    space.gates = _gates(data.get("gated", False), f"{where}.gated")
-    space.rates = _rates(data.get("rates", [1.0]), f"{where}.rates")
-    return space
-
-
-def _part(data: Any, where: str, taken: list[str]) -> PartSpace:
-    if isinstance(data, str):
-        data = {"method": data}
-    if not isinstance(data, dict) or "method" not in data:
-        raise ConfigError(f"a part is a mapping with 'method' and options, not {short(data)}", where=where, fix="For example {method: lora, r: [0, 4, 8]}")
-    method = find(data["method"], where)
-    optional = data.get("optional", False)
-    if not isinstance(optional, bool):
-        raise ConfigError(f"optional is true or false, not {short(optional)}", where=where)
-    known = [f.name for f in dataclasses.fields(method)]  # type: ignore[arg-type]
-    fixed, choices = {}, {}
-    for key, value in data.items():
-        if key in ("method", "optional"):
-            continue
-        if key not in known:
-            raise PlanError(f"{method.name} has no option {short(key)}", where=where, fix=did_you_mean(str(key), known))
-        if isinstance(value, list):
-            if not value:
-                raise ConfigError(f"{key} has no choices", where=where, fix="Give at least one")
-            choices[key] = list(dict.fromkeys(value)) if all(v is None or isinstance(v, (int, float, str)) for v in value) else value
-        else:
-            fixed[key] = value
-    name = method.name
-    while name in taken:
-        name = f"{method.name}{int(name.removeprefix(method.name) or 1) + 1}"
-    part = PartSpace(name, method, fixed, choices, optional)
-    for key, value in part.choices.items():
-        if key in part.switches and len(value) == 1:
-            raise ConfigError(f"{key} is always 0, so {name} is never on", where=where, fix="Give other sizes too, or take the part out")
-    try:
-        for form in _forms(part):
-            del form
-    except PlanError as e:
-        raise e if e.where != f"space.{name}" else PlanError(e.what, where=where, fix=e.fix) from None
-    return part
-
-
-def _word(value: Any, known: Sequence[str], where: str) -> str:
-    if value not in known:
-        raise ConfigError(f"{short(value)} is not one of {', '.join(known)}", where=where, fix=did_you_mean(str(value), known))
-    return value
-
-
-def _layers(value: Any, where: str) -> str | list[str]:
-    if isinstance(value, list):
-        if not value or not all(isinstance(v, str) and v.strip() for v in value):
-            raise ConfigError(f"slices are texts, as ':' and '6:', not {short(value)}", where=where)
-        return value
-    return _word(value, ("all", "each"), where)
-
-
-def _gates(value: Any, where: str) -> list[str | None]:
-    out: list[str | None] = []
-    for v in value if isinstance(value, list) else [value]:
-        per = {False: None, True: Gated.per}.get(v, v) if isinstance(v, bool) else _word(v, ("example", "token", "constant"), where)
-        if per not in out:
-            out.append(per)
-    if not out:
-        raise ConfigError("gated has no choices", where=where, fix="For example [false, true]")
-    return out
-
-
-def _rates(value: Any, where: str) -> list[float]:
-    out = list(value) if isinstance(value, list) else [value]
-    if not out or not all(finite(v) and v > 0 for v in out):
-        raise ConfigError(f"rates are positive factors of the default learning rate, not {short(value)}", where=where, fix="For example [1, 3]")
-    return [float(v) for v in dict.fromkeys(out)]
