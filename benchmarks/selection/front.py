@@ -1,7 +1,7 @@
 """AutoPEFT's space on a real task: the front of vn.select's search, of random search and of Optuna's plain TPE, at equal cost.
 
-    python benchmarks/selection/front.py                        # MiniLM, 500 tweets, as in docs/selection.md on a GPU
-    python benchmarks/selection/front.py --layers 3 --train 240 --test 600 --steps 60 --length 24 --cost 12 --seeds 3   # on 2 cores
+    python benchmarks/selection/front.py                        # MiniLM, 500 tweets
+    python benchmarks/selection/front.py --layers 2 --train 320 --test 300 --steps 60 --length 16 --cost 12 --batch 8 --rate 10   # 2 cores
 
 Cost is counted in trainings in full (a rung of 1/3 of the steps costs 1/3), the same for each arm; scoring is not counted. The
 measure is the hypervolume over (accuracy, log10 of the parameters) of what was trained in full, against the majority class and
