@@ -155,6 +155,35 @@ def _stop_at(step):
     return Stop()
 
 
+def test_a_run_that_diverges_by_itself_says_so_on_the_command_line(small, tmp_path):
+    import yaml
+    from typer.testing import CliRunner
+
+    from veneer.cli import app
+
+    settings = example("language_model", *small, tmp_path / "a", max_steps=30, learning_rate=1e3, choose_best=False, warmup=0.3)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "c.yaml")])
+    assert done.exit_code == 1 and "stopped early: the " in done.output and "last good state is kept" in done.output, done.output
+    assert all(bool(torch.isfinite(v).all()) for v in weights(tmp_path / "a").values())
+
+
+def test_a_loss_that_goes_wrong_right_after_a_break(small, tmp_path, monkeypatch):
+    """Nothing was logged since the checkpoint, so the checkpoint is the last good state."""
+    config = calm(small, tmp_path / "a", max_steps=4, checkpoint_every=2)
+
+    class Break(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise ConnectionError("pulled")
+
+    with pytest.raises(ConnectionError):
+        run(config, quiet=True, callbacks=[Break()])
+    kept = load_file(tmp_path / "a" / "checkpoints" / "checkpoint-2" / "training.safetensors")
+    spoiled(monkeypatch, math.nan, 0)
+    result = run(config, quiet=True)
+    assert "the loss is nan at step 3" in result.stopped and same(weights(tmp_path / "a"), kept)
+
+
 def test_a_loss_that_is_never_a_number_says_so(small, tmp_path, monkeypatch):
     spoiled(monkeypatch, math.nan, 0)
     with pytest.raises(vn.ConfigError, match="the loss is nan at step 1, before.*learning_rate"):

@@ -34,8 +34,16 @@ class Guard(TrainerCallback):
         self.good: dict[str, torch.Tensor] | None = None
         self.step, self.reason = 0, ""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.losses = [entry["loss"] for entry in state.log_history if math.isfinite(entry.get("loss", math.nan))]  # of a run that goes on
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # a run that goes on begins with what its checkpoint holds
+        self.losses = [entry["loss"] for entry in state.log_history if math.isfinite(entry.get("loss", math.nan))]
+        if self.losses:
+            self.good, self.step = self.now(model), state.global_step
+
+    def now(self, model: Any) -> dict[str, torch.Tensor] | None:
+        """A copy of the adapter, or None where its numbers are not finite."""
+        found = {k: v.detach().cpu().clone() for k, v in tensors_in(model, self.name).items()}
+        return found if all(bool(torch.isfinite(v).all()) for v in found.values() if v.is_floating_point()) else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")
@@ -47,8 +55,8 @@ class Guard(TrainerCallback):
         elif self.spike is not None and len(self.losses) >= SETTLED and abs(loss) > self.spike * highest:
             self.reason = f"the loss leaps to {loss:.4g} at step {state.global_step}, {self.spike:g} times its highest before ({highest:.4g})"
         else:
-            now = {k: v.detach().cpu().clone() for k, v in tensors_in(model, self.name).items()}
-            if all(bool(torch.isfinite(v).all()) for v in now.values() if v.is_floating_point()):
+            now = self.now(model)
+            if now is not None:
                 self.losses.append(loss)
                 self.good, self.step = now, state.global_step
                 return

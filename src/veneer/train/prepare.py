@@ -142,7 +142,7 @@ def _load(config: TrainConfig, labels: list[str], processor: Path | None = None)
     try:
         transformers.set_seed(config.seed)  # a fresh head is drawn
         own = processor if processor is not None and processor.is_dir() else path
-        tools = getattr(transformers, task.processor).from_pretrained(own, **task.processor_options)
+        tools = task.load_processor(own)
         model, info = getattr(transformers, task.auto).from_pretrained(path, output_loading_info=True, **extra)
     except (OSError, ValueError) as e:
         raise ConfigError(

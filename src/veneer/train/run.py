@@ -193,7 +193,7 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
                 fill_with(p.model, config.name, start, "the start")
         if interrupt.hit:
             raise KeyboardInterrupt
-        if guard.reason and guard.good is None and not guard.losses:
+        if guard.reason and guard.good is None:
             raise ConfigError(f"{guard.reason}, before there was a good state to keep", where=str(output), fix="A smaller learning_rate, or look at the data")
         best = trainer.state.best_metric
         if guard.reason and not (trainer.state.best_model_checkpoint and best is not None and math.isfinite(best)):

@@ -49,6 +49,11 @@ class Task:
         self.model: Any = None
         self.longest = config.max_length
 
+    @classmethod
+    def load_processor(cls, path: Any) -> Any:
+        """The processor that lies at `path`. Raises: what from_pretrained does."""
+        return getattr(transformers, cls.processor).from_pretrained(path, **cls.processor_options)
+
     # -- data ---------------------------------------------------------------------------------------------------------
     def names(self, table: Table) -> list[str]:
         """The classes in a table, in the order of the logits; empty where there are none."""

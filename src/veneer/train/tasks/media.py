@@ -83,6 +83,19 @@ class ImageClassification(_OfMedia):
     what = "image"
     package = "PIL"
 
+    @classmethod
+    def load_processor(cls, path: Any) -> Any:
+        import transformers
+
+        try:
+            return super().load_processor(path)
+        except ImportError:  # before transformers 5.20 or so the automatic class wants torchvision, though its Pillow classes do not
+            name = transformers.BaseImageProcessor.get_image_processor_dict(path)[0].get("image_processor_type", "")
+            found = getattr(transformers, name.removesuffix("Fast").removesuffix("Pil") + "Pil", None)
+            if found is None:
+                raise
+            return found.from_pretrained(path)
+
     def size(self, file: dict[str, Any]) -> int:
         from PIL import Image
 
