@@ -89,7 +89,7 @@ class ImageClassification(_OfMedia):
 
         try:
             return super().load_processor(path)
-        except ImportError:  # before transformers 5.20 or so the automatic class wants torchvision, though its Pillow classes do not
+        except ImportError:  # older versions of transformers 5 want torchvision here, though the classes made for Pillow do not
             name = transformers.BaseImageProcessor.get_image_processor_dict(path)[0].get("image_processor_type", "")
             found = getattr(transformers, name.removesuffix("Fast").removesuffix("Pil") + "Pil", None)
             if found is None:
