@@ -51,7 +51,7 @@ class LowRankPart(MapPart):
 
     def shared(self, name: str) -> Tensor:
         """A tensor of the method's bank, where this part's own are."""
-        own = next(iter(self.state_dict(keep_vars=True).values()))
+        own = next(t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
         return getattr(self.bank, name).to(own.device)
 
     def _scaled(self, c: float, *names: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from ..sites import Site
 from .base import Build, Method
 from .lora_xs import Between
-from .lowrank import check_rank, lead
+from .lowrank import Projections, check_rank, lead, with_bank
 from .parts import Part, like
 
-SHARES: dict[str, Callable[[Site, int], object]] = {"none": lambda site, i: i, "role": lambda site, i: site.role, "all": lambda site, i: None}
+# the name of the vector that a site shares, where it shares one
+SHARES: dict[str, Callable[[Site], str]] = {"none": lambda site: "", "role": lambda site: f"v_{site.role.replace('.', '_')}", "all": lambda site: "v"}
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,29 @@ class TinyLoRA(Method):
         self._pattern()
 
     def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
-        vectors: dict[object, nn.Parameter] = {}
-        for i, (site, part) in enumerate(super().parts(sites, build)):
-            part.v = vectors.setdefault(SHARES[self.share](site, i), part.v)
-            yield site, part
+        if self.share == "none":
+            yield from super().parts(sites, build)
+            return
+        # in a bank, since a parameter of several layers could not be sharded
+        yield from with_bank(self, sites, build, lambda chosen: Vectors(build, self.u, {SHARES[self.share](s) for s in chosen}))
 
     def part(self, site: Site, build: Build) -> Part:
         check_rank("TinyLoRA", self.r, site)
         return TinyLoRAPart(site, build, self)
+
+
+class Vectors(Projections):
+    """The vectors that are shared."""
+
+    def __init__(self, build: Build, u: int, names: set[str]) -> None:
+        super().__init__(build, trained=tuple(sorted(names)), **{n: (u,) for n in sorted(names)})
+        self.u = u
+
+    def unfold(self, saved: dict[str, Any]) -> None:
+        """Take those of roles that vn.settle dropped, too."""
+        for name in sorted(n for n, t in saved.items() if n.startswith("v_") and n.isidentifier() and not hasattr(self, n) and t.shape == (self.u,)):
+            self.trained += (name,)
+            self._hold(name, (self.u,))
 
 
 class TinyLoRAPart(Between):
@@ -70,12 +87,14 @@ class TinyLoRAPart(Between):
     def __init__(self, site: Site, build: Build, m: TinyLoRA) -> None:
         super().__init__(site, build, m.r, even=True)
         new = like(build, site)
-        self.v = nn.Parameter(torch.zeros(m.u, **new))
+        self.shares = SHARES[m.share](site)
+        if not self.shares:
+            self.v = nn.Parameter(torch.zeros(m.u, **new))
         self.frozen("P", torch.empty(*lead(site), m.u, m.r, m.r, **new).normal_(std=1 / math.sqrt(m.r)))
-        self.alone, self.dropout = m.share == "none", m.dropout
+        self.dropout = m.dropout
 
     def core(self) -> Tensor:
-        return torch.einsum("u,...uij->...ij", self.v, self.P)
+        return torch.einsum("u,...uij->...ij", self.shared(self.shares) if self.shares else self.v, self.P)
 
     def scale_by(self, c: float) -> bool:
-        return self.alone and self._scaled(c, "v")  # a shared vector has other gates as well
+        return not self.shares and self._scaled(c, "v")  # a shared vector has other gates as well
