@@ -228,5 +228,8 @@ def fill(model: nn.Module, record: Record, tensors: dict[str, Tensor], where: st
 def unfold(record: Record, tensors: dict[str, Tensor]) -> None:
     """Let every part take the form that its saved tensors have."""
     for prefix, part in named_parts(record):
-        if hasattr(part, "unfold"):
-            part.unfold({k.removeprefix(prefix + "."): v for k, v in tensors.items() if k.startswith(prefix + ".")})
+        if not hasattr(part, "unfold"):
+            continue
+        saved = {k.removeprefix(prefix + "."): v for k, v in tensors.items() if k.startswith(prefix + ".")}
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in part.state_dict().items()}:
+            part.unfold(saved)
