@@ -142,5 +142,5 @@ def example(name: str, bases: Path, data: dict[str, str], output: Path, **change
     settings = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text(encoding="utf-8"))
     base, rows = RUNS[name]
     settings["data"] |= {"train": data[rows], "limit": 24, "eval_rows": 8}
-    small = {"model": str(bases / base), "output": str(output), "max_steps": 3, "batch_size": 8, "max_length": 128, "gradient_accumulation": 1, "bf16": False}
+    small = {"model": str(bases / base), "output": str(output), "max_steps": 3, "batch_size": 8, "max_length": 128, "gradient_accumulation": 1}
     return settings | small | changes

@@ -64,6 +64,8 @@ def make_trainer(p: Prepared, output: Path, batch: Batch, callbacks: list[Any], 
     from .trainer import Advance
 
     config, task = p.config, p.task
+    if config.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("this GPU has no bf16", where="bf16", fix="bf16=false")
     rows = batch.micro * batch.accumulate
     steps = max(1, -(-len(p.train) // rows))
     total = config.max_steps if config.max_steps > 0 else math.ceil(steps * config.epochs)
@@ -83,6 +85,7 @@ def make_trainer(p: Prepared, output: Path, batch: Batch, callbacks: list[Any], 
             weight_decay=config.weight_decay,
             warmup_steps=int(config.warmup * total),
             bf16=config.bf16,
+            use_cpu=not torch.accelerator.is_available(),
             seed=config.seed,
             eval_strategy="steps" if config.choose_best else "no",
             eval_steps=every,
