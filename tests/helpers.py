@@ -70,10 +70,17 @@ def visible(model: nn.Module) -> dict[str, Any]:
             if isinstance(v, (int, float, str, bool, type(None))):
                 out[f"attribute {path}.{k}"] = v
     for name, p in model.named_parameters(remove_duplicate=False):
-        out[f"parameter {name}"] = (id(p), p.data_ptr(), p.requires_grad, p.dtype, p.detach().clone())
+        out[f"parameter {name}"] = (id(p), p.data_ptr(), p.requires_grad, p.dtype, *[t.clone() for t in whole(p.detach())])
     for name, b in model.named_buffers(remove_duplicate=False):
         out[f"buffer {name}"] = (id(b), b.detach().clone())
     return out
+
+
+def whole(t: Tensor) -> list[Tensor]:
+    """`t` as ordinary tensors: those within, where it is a quantiser's."""
+    if not hasattr(t, "__tensor_flatten__"):
+        return [t]
+    return [p for name in t.__tensor_flatten__()[0] for p in whole(getattr(t, name))]
 
 
 @contextlib.contextmanager
@@ -86,8 +93,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     for key, old in before.items():
         new = after[key]
         if isinstance(old, tuple) and isinstance(old[-1], Tensor):
-            assert old[:-1] == new[:-1], key
-            assert torch.equal(old[-1].reshape(-1).view(torch.uint8), new[-1].reshape(-1).view(torch.uint8)), key
+            assert len(old) == len(new), key
+            for a, b in zip(old, new, strict=True):
+                if isinstance(a, Tensor):
+                    assert torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)), key
+                else:
+                    assert a == b, key
         else:
             assert old == new, (key, old, new)
 

@@ -135,7 +135,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     from .merge import merge, unmerge
 
     state = state_of(model)
-    merged = state.merged.names if state.merged is not None else None
+    merged = state.merged
     if merged is not None:
         unmerge(model)
     before, state.enabled = state.enabled, False
@@ -144,7 +144,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         state.enabled = before
         if merged is not None:
-            merge(model, merged)
+            merge(model, merged.names, into=merged.into)
 
 
 @contextmanager

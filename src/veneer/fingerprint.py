@@ -47,7 +47,10 @@ def fingerprint(model: nn.Module, without: set[str]) -> dict[str, Any]:
         data = kept.get(id(p), p.detach())
         if data.is_meta or not data.numel():
             continue
-        flat = gathered(data).reshape(-1)
+        data = gathered(data)
+        if type(data.data) is not Tensor:  # a quantiser's
+            continue
+        flat = data.reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, min(EACH, flat.numel()), device=flat.device, dtype=torch.float64).long()
         samples[n] = [float(v) for v in flat[at].float().cpu()]
     config = getattr(model, "config", None)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .adapter import known_names
 from .attach import state_of
-from .errors import CapabilityError, MergeError
-from .methods.parts import MapPart, Part, module_at
+from .errors import CapabilityError, MergeError, did_you_mean
+from .methods.parts import MapPart, Part, TensorPart, module_at
+from .ops.weights import asked, plain
+from .requantise import INTO, holding
 from .ops.maps import place, take
 
 
@@ -20,39 +22,48 @@ from .ops.maps import place, take
 class Merged:
     """What merging changed, so that it can be undone: the names, and each overwritten tensor's own data.
 
-    error   the largest share of a tensor's change that rounding to its dtype lost, 0 in fp32: a small adapter may all but
-            vanish in a bf16 base, whose steps are coarser than it is
+    error   the largest share of a tensor's change that rounding to its dtype lost, or quantising it again: 0 in fp32. A
+            small adapter may all but vanish in a bf16 base, whose steps are coarser than it is, and more so in 4 bits
+    replaced  modules of a quantised base: (the module that holds it, its name there, the base's own)
     """
 
     names: tuple[str, ...]
     active: tuple[str, ...]
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     added: list[tuple[nn.Module, str]] = field(default_factory=list)
+    replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    into: str | None = None
     error: float = 0.0
 
 
-def merge(model: nn.Module, names: str | Sequence[str] | None = None) -> Merged:
+def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, into: str | None = None) -> Merged:
     """Fold the adapters `names` (default: the active ones) into the base's weights: no latency is left.
 
     W <- W + dW for each map, computed in fp32 (fp64 for an fp64 base) and rounded once; tensors that were overwritten
     are kept, so vn.unmerge restores them bit for bit. Until then no other adapter is active. What rounding lost is in the
     `error` of the answer.
 
+    into    on a quantised base, what the merged weights become: 'dequantised' (ordinary linears in the base's dtype: exact,
+            larger) or 'requantised' (packed again as the base was: small, and `error` says what that lost, which may be most
+            of a small adapter). Where nothing is quantised it changes nothing
+
     Raises: AdapterError for an unknown name or one named twice; CapabilityError for a method or gate that is not linear
-    in the weights, naming it; MergeError where something is merged already, for a base whose
-    weights cannot be had (quantised), for weights tied to others, for an adapter with NaN or infinity, and for a result
+    in the weights, naming it; MergeError where something is merged already, for a quantised base without `into` or
+    whose weights cannot be had, for weights tied to others, for an adapter with NaN or infinity, and for a result
     beyond the range of the base's dtype. Then the model is as before.
     """
     state = state_of(model)
     if state.merged is not None:
         raise MergeError(f"{list(state.merged.names)} are merged already", fix="vn.unmerge(model) first")
+    if into is not None and into not in INTO:
+        raise MergeError(f"into={into!r}", fix=did_you_mean(str(into), INTO))
     wanted = state.active if names is None else known_names(state, names)
     if not wanted:
         raise MergeError("there is no active adapter to merge", fix="Name one: vn.merge(model, 'mine')")
     new: dict[int, tuple[nn.Parameter, Tensor]] = {}
     added: dict[tuple[str, str], Tensor] = {}
     parts = [p for n in wanted for p in state.adapters[n].parts if p.acts]
-    _check(model, state, wanted, parts)
+    _check(model, state, wanted, parts, into)
     with torch.no_grad():
         # the same order as in a call: inputs, tensors, then outputs stage by stage
         rank = {"tensor": 0, "input": 1, "output": 2}
@@ -60,9 +71,14 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None) -> Merged:
             before: dict[int, Tensor] = {}  # every part of a group sees the weights from before the group
             for p in group:
                 _fold(model, p, len(group), before, new, added)
-    merged = Merged(wanted, state.active)
+    merged = Merged(wanted, state.active, into=into)
     # all of them before the first is put in place: an error here leaves the base as it is
-    rounded = [(param, _rounded(param, value, merged)) for param, value in new.values()]
+    quantised = {id(packed(model, p)): p.site for p in parts if packed(model, p) is not None}
+    modules = [_replacement(model, quantised[i], value, merged) for i, (_, value) in new.items() if i in quantised]
+    rounded = [(param, _rounded(param, value, merged)) for i, (param, value) in new.items() if i not in quantised]
+    for parent, leaf, module in modules:
+        merged.replaced.append((parent, leaf, parent._modules[leaf]))  # type: ignore[arg-type]
+        parent._modules[leaf] = module
     for param, value in rounded:
         merged.kept[id(param)] = (param, param.data)
         param.data = value
@@ -88,6 +104,8 @@ def unmerge(model: nn.Module) -> None:
         param.data = data.to(param.device, param.dtype)  # the model may have been moved or cast since
     for module, tensor in merged.added:
         module.register_parameter(tensor, None)
+    for parent, leaf, module in merged.replaced:
+        parent._modules[leaf] = module
     state.merged, state.active = None, tuple(n for n in merged.active if n in state.adapters)
     state.refresh()
 
@@ -106,7 +124,7 @@ def _rounded(param: nn.Parameter, value: Tensor, merged: Merged) -> Tensor:
     return out
 
 
-def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Part]) -> None:
+def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Part], into: str | None) -> None:
     for n in names:
         for term in state.adapters[n].plan.terms():
             m = term.method
@@ -132,12 +150,13 @@ def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Par
         module = module_at(model, p.site.path)
         param = module._parameters.get(name)
         where = f"{p.site.path}.{name}"
-        if param is None or not param.is_floating_point() or (p.acts != "tensor" and not _plain(module, p)):
-            raise MergeError(
-                "the base's weight cannot be had here, as in a quantised module",
-                where=where,
-                fix="Keep the adapter attached, or load the base unquantised to merge",
-            )
+        if packed(model, p) is not None:
+            if p.acts == "tensor" or p.site.kind != "linear":
+                raise MergeError("the base's weight cannot be had here", where=where, fix="Keep the adapter attached, or load the base unquantised to merge")
+            if into is None:
+                raise MergeError("the base's weight is quantised", where=where, fix="Say what it becomes: into='dequantised' or into='requantised'")
+            continue
+        assert param is not None
         reached = {f"{e.site.path}.{e.site.tensor or 'weight'}" for e in p.echoes}
         others = [o for o in tied[id(param)] if o != where and o not in reached]
         if others:
@@ -155,12 +174,27 @@ def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Par
         seen[id(param)].append(p)
 
 
-def _plain(module: nn.Module, p: Part) -> bool:
-    """Whether the stored weight has the size that the site says: not packed by a quantiser."""
+def packed(model: nn.Module, p: Part) -> Any:
+    """What a quantiser stored in place of the weight that `p` acts on (its module, where it holds no such parameter);
+    None for an ordinary tensor."""
+    module = module_at(model, p.site.path)
     w = module._parameters.get(p.site.tensor or "weight")
-    if w is None or p.site.slice is not None:
-        return w is not None
-    return w.numel() == p.site.out * p.site.inp * max(1, p.site.experts)
+    if w is None:
+        return module
+    ordinary = w.is_floating_point() and type(w.data) is Tensor and (isinstance(p, TensorPart) or p.acts == "tensor" or plain(w, p.site))
+    return None if ordinary else w
+
+
+def _replacement(model: nn.Module, site: Any, w: Tensor, merged: Merged) -> tuple[nn.Module, str, nn.Module]:
+    """What takes the place of a quantised module: where it goes, under what name, and the module that computes w x + b."""
+    path, _, leaf = site.path.rpartition(".")
+    module = module_at(model, site.path)
+    new = holding(model, module, w, merged.into or "", site.path)
+    change = (w - asked(module, site.inp, module._parameters.get(site.tensor or "weight")).float()).norm()
+    if change > 0:
+        held = asked(new, site.inp, new._parameters.get("weight")).float()
+        merged.error = max(merged.error, float((held - w).norm() / change))
+    return module_at(model, path), leaf, new
 
 
 def _groups(model: nn.Module, parts: list[Part]) -> list[list[Part]]:
@@ -184,6 +218,8 @@ def _fold(
             return None, None
         if id(param) in new:
             return param, new[id(param)][1]
+        if name == (p.site.tensor or "weight") and packed(model, p) is not None:
+            return param, asked(module, p.site.inp, param).float()
         return param, param.data.to(torch.promote_types(param.dtype, torch.float32))
 
     def gate() -> float:
