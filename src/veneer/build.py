@@ -49,7 +49,7 @@ def make_parts(
                     part.published = term.gate.gate == "published" and part.acts == "kv"
                     gated.setdefault(id(term.gate), (term.gate, []))[1].append(part)
                 if term.held:
-                    part.hold()
+                    part.freeze()
                 parts.append(part)
         except VeneerError:
             raise

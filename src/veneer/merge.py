@@ -13,9 +13,9 @@ from .adapter import known_names
 from .attach import state_of
 from .errors import CapabilityError, MergeError, did_you_mean
 from .methods.parts import MapPart, Part, TensorPart, module_at
+from .ops.maps import place, take
 from .ops.weights import asked, plain
 from .requantise import INTO, holding
-from .ops.maps import place, take
 
 
 @dataclass

@@ -77,7 +77,7 @@ class Part(nn.Module):
         """Keep `value` as `self.<name>`: saved with the adapter, and never trained."""
         self.register_buffer(name, value)
 
-    def hold(self) -> None:
+    def freeze(self) -> None:
         """Train no tensor of this part; its gate's go on."""
         self.held = True
         for key, p in self.named_parameters():
