@@ -1,7 +1,8 @@
 """Hugging Face PEFT's adapter files, in and out: one codec for each PEFT type, and what they share.
 
     config.py   which fields a file may have, and what they mean     places.py   module paths <-> sites and patterns
-    lora.py  ia3.py  soft.py  whole.py    the codecs                  files.py    reading and writing a folder
+    lora.py  ia3.py  soft.py  whole.py    codecs of their own         files.py    reading and writing a folder
+    forms.py    the other types, each a table                         table.py    what reads and writes such a table
 
 A file becomes an ordinary plan: from then on nothing remembers where it came from.
 """

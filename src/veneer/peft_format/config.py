@@ -76,7 +76,9 @@ class Source:
 
     def whole(self, key: str, default: int | None = None) -> int:
         """A field that is a whole number of at least 1."""
-        value = self.config.get(key, default)
+        return self.whole_of(key, self.config.get(key, default))
+
+    def whole_of(self, key: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.fail(f"{key} must be a whole number of at least 1, not {value!r}")
         return value
@@ -122,10 +124,11 @@ class Source:
 
 @dataclass
 class Draft:
-    """One method of the plan that a file becomes, and the tensors of each of its sites: (path, tensor) -> name -> value."""
+    """One method of the plan that a file becomes, the tensors of each of its sites, name -> value, and those of its bank."""
 
     method: Method
     values: dict[Site, dict[str, Tensor]] = field(default_factory=dict)
+    bank: dict[str, Tensor] = field(default_factory=dict)
 
 
 def check_fields(source: Source, used: Iterable[str]) -> None:

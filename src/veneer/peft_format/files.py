@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,14 @@ from ..errors import AdapterError, CapabilityError, StoreError, VeneerError, did
 from ..plan import Plan, Sum
 from ..store import read_json, read_tensors, write_folder, write_whole
 from ..ties import shared
-from . import ia3, lora, soft, whole
+from . import forms, ia3, lora, soft, table, whole
 from .config import Draft, Source, check_fields, task_of
 
 if TYPE_CHECKING:
     from ..methods.parts import Part
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+INDICES = "_indices"  # whole numbers: places of a matrix
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -37,16 +39,24 @@ class Codec:
     beside: tuple[str, ...]
     fields: Iterable[str]
     read: Callable[[Source], list[Draft]]
-    write: Callable[[Any, list[Any]], Written]
+    write: Callable[[Any, list[Any], list[Any]], Written]  # of the model, the parts, and the methods of the plan's terms
     prefix: str = "base_model.model."
+    roots: Mapping[str, str] = field(default_factory=dict)  # keys of tensors that stand once, and the prefix of each
+    also: tuple[str, ...] = ()  # further methods that it can hold
 
 
 CODECS = (
     Codec("LORA", "lora", ("bitfit",), lora.FIELDS, lora.read, lora.write),
     Codec("IA3", "ia3", (), ia3.FIELDS, ia3.read, ia3.write),
     Codec("LN_TUNING", "full", (), whole.FIELDS, whole.read, whole.write),
-    Codec("PROMPT_TUNING", "prompt", (), (), soft.read_prompt, soft.write_prompt, "base_model."),
-    Codec("PREFIX_TUNING", "prefix", (), ("prefix_projection",), soft.read_prefix, soft.write_prefix, "base_model."),
+    Codec("PROMPT_TUNING", "prompt", (), (), soft.read_prompt, soft.write_prompt, "base_model.", {soft.KEY: ""}),
+    Codec("PREFIX_TUNING", "prefix", (), ("prefix_projection",), soft.read_prefix, soft.write_prefix, "base_model.", {soft.KEY: ""}),
+    *(
+        Codec(
+            f.peft_type, f.make.name, (), f.known(), partial(table.read, f), partial(table.write, f), roots=dict.fromkeys(f.roots, "base_model."), also=f.also
+        )
+        for f in forms.FORMS
+    ),
 )
 
 
@@ -64,8 +74,7 @@ def find(path: Path, name: str | None) -> Path | None:
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 def load_peft(model: nn.Module, path: Path, name: str, *, activate: bool = True) -> Adapter:
-    """Attach the PEFT adapter in the folder `path` as `name`: LORA, IA3, LN_TUNING, PROMPT_TUNING or PREFIX_TUNING, each
-    with modules_to_save.
+    """Attach the PEFT adapter in the folder `path` as `name`, of any of the types in CODECS, each with modules_to_save.
 
     A whole fused projection becomes its slices: each has A whole and its own rows of B, which is the same function; when
     trained further here, the copies of A go their own ways.
@@ -88,12 +97,12 @@ def load_peft(model: nn.Module, path: Path, name: str, *, activate: bool = True)
         )
     tensors: dict[str, Tensor] = {}
     for key, value in read_tensors(path / WEIGHTS).items():
-        own = key == soft.KEY
-        if not own and not key.startswith(codec.prefix):
+        own = next((k for k, prefix in codec.roots.items() if key == prefix + k), None)
+        if own is None and not key.startswith(codec.prefix):
             raise StoreError(f"a tensor {key!r} that is not of a {codec.peft_type} adapter", where=str(path / WEIGHTS))
-        if not value.is_floating_point():
+        if not value.is_floating_point() and not key.endswith(INDICES):
             raise StoreError(f"{key!r} is {value.dtype}, not floating point", where=str(path / WEIGHTS))
-        tensors[key if own else key.removeprefix(codec.prefix)] = value
+        tensors[own or key.removeprefix(codec.prefix)] = value
     source = Source(model, resolve.sites(model), config, tensors, where)
     try:
         drafts = _drafts(source, codec)
@@ -137,12 +146,18 @@ def _fill(source: Source, parts: list[Part], drafts: list[Draft]) -> None:
     """Give every part its tensors."""
     with torch.no_grad():
         for part in parts:
-            given = drafts[part.term].values.get(part.site, {})
-            for key, own in part.named_parameters():
+            draft = drafts[part.term]
+            given = draft.values.get(part.site, {}) if part.acts else draft.bank
+            if hasattr(part, "unfold"):
+                part.unfold(given)
+            buffers = {k: b for k, b in part.named_buffers() if k in given}
+            for key, own in [*part.named_parameters(), *buffers.items()]:
                 if key not in given or given[key].shape != own.shape:
                     there = list(given[key].shape) if key in given else "none"
                     raise source.fail(f"{part.site.path!r} needs {key!r} of shape {list(own.shape)}, and the file has {there}")
                 own.copy_(given[key])
+            if flaw := part.flaw():
+                raise source.fail(f"{part.site.path!r}: {flaw}", "The file is damaged; take another copy")
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -158,7 +173,7 @@ def save_peft(model: nn.Module, path: Path, record: Record) -> Path:
             f"{both.site.path!r} holds the tensor of {both.echoes[0].site.path!r}: {both.method_name} acts at both here, and at one of them in PEFT",
             fix="Save it in the native format, or train it with tied=False",
         )
-    fields, tensors = codec.write(model, parts)
+    fields, tensors = codec.write(model, parts, [t.method for t in record.plan.terms()])
     left = {id(p) for p in parts if f"{p.site.path}.ln_tuning_layers.{p.site.tensor}" in tensors or p.method_name != "full"}
     extra = [p for p in record.parts if id(p) not in left]
     saved: dict[str, Any] = {"modules_to_save": None}
@@ -172,7 +187,7 @@ def save_peft(model: nn.Module, path: Path, record: Record) -> Path:
     if soft.KEY in tensors and config["task_type"] is None:
         config["task_type"] = "FEATURE_EXTRACTION"  # a prompt needs one of PEFT's wrappers; this one wants no head
     folder = path if record.name == "default" else path / record.name
-    out = {k if k == soft.KEY else codec.prefix + k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    out = {codec.roots.get(k, codec.prefix) + k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
     write_folder(folder, dict(sorted(config.items())), out, (CONFIG, WEIGHTS))
     write_whole(folder / "README.md", _readme(record, config).encode())
     return folder
@@ -187,7 +202,7 @@ def _codec(record: Record) -> tuple[Codec, list[Part]]:
         )
     if record.plan.depth() > 1:
         raise CapabilityError(f"PEFT's format has no stacks (a >> b), and {record.name!r} is one", fix=native)
-    of = {c.method: c for c in CODECS}
+    of = {m: c for c in CODECS for m in (c.method, *c.also)}
     methods = list(dict.fromkeys(p.method_name for p in record.parts))
     main = [m for m in methods if m != "full"] or ["full"]
     codec = next((of[m] for m in main if m in of), None)
@@ -197,7 +212,7 @@ def _codec(record: Record) -> tuple[Codec, list[Part]]:
     main = [m for m in main if codec is not None and m not in codec.beside]
     if codec is None or len(main) > 1:
         raise CapabilityError(f"a PEFT file holds one method, and {record.name!r} mixes {' and '.join(main)}", fix=native)
-    return codec, [p for p in record.parts if p.method_name == codec.method or p.method_name in codec.beside]
+    return codec, [p for p in record.parts if p.method_name in (codec.method, *codec.also, *codec.beside)]
 
 
 def _readme(record: Record, config: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ def read(source: Source) -> list[Draft]:
     return out
 
 
-def write(model: Any, parts: list[Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields and tensors of an IA3 file."""
     tensors: dict[str, Tensor] = {}
     sides: dict[str, str] = {}

@@ -108,7 +108,7 @@ def _alpha(source: Source, path: str, tensor: str | None, rank: int) -> float:
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
-def write(model: Any, parts: list[Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields and tensors of a LORA file, for LoRA parts and BitFit parts beside them. Several LoRAs on one map become
     one of their summed rank."""
     groups: dict[tuple[str, str], list[Any]] = {}

@@ -40,7 +40,7 @@ def read_prompt(source: Source) -> list[Draft]:
     return [Draft(PromptTuning(n, before_cls=True), {site: {"vectors": value[:n]}})]
 
 
-def write_prompt(model: Any, parts: list[Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_prompt(model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields and tensors of a PROMPT_TUNING file."""
     if len(parts) > 1 or parts[0].site != next(s for s in resolve.sites(model) if s.port == "embed"):
         raise CapabilityError("PEFT has one prompt a model, before its first tower", fix="Save it in the native format: vn.save(model, path)")
@@ -79,7 +79,7 @@ def read_prefix(source: Source) -> list[Draft]:
     return [Draft(Prefix(n, positions=True), values)]
 
 
-def write_prefix(model: Any, parts: list[Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_prefix(model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields and tensors of a PREFIX_TUNING file. A prefix without positions is turned into one with them, where
     positions are rotary."""
     _refuse_two_towers(model)

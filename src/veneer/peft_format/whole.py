@@ -71,7 +71,7 @@ def _full(source: Source, found: dict[str, dict[str, Tensor]]) -> list[Draft]:
     return [Draft(Full(at=pattern(source.sites, list(values), source.where)), values)]
 
 
-def write(model: nn.Module, parts: list[Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(model: nn.Module, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields and tensors of an LN_TUNING file, for vn.Full on norms; other modules go to modules_to_save."""
     norms = [p for p in parts if p.site.role == "norm"]
     if not norms:
