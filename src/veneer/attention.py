@@ -99,7 +99,7 @@ def _blend(host: Host, parts: list[KVPart], xs: list[Any], q: Tensor, k: Tensor,
     routing = frame.routing
     if routing is not None:
         runs = routing.runs(p.adapter for p in parts) if q.shape[0] % routing.size == 0 else None
-        if runs is not None and len(runs) > 1:
+        if runs is not None and len(runs) != 1:
             return _in_runs(host, runs, parts, xs, (q, k, v, mask, bias), attend, time)
         if runs is not None:  # all rows use the same
             here = [j for j, p in enumerate(parts) if p.adapter in runs[0].names]

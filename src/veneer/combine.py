@@ -53,7 +53,8 @@ def combine(
         cat        ΔW = Σ_k w_k ΔW_k exactly, as one LoRA of rank Σ_k r_k: A stacked, B side by side
         svd        the closest matrix of rank `rank` to Σ_k w_k ΔW_k
         ties       each ΔW_k trimmed to its `density` largest entries; for every entry the sign with the larger weighted sum
-                   is elected, and the entries of that sign are averaged (Yadav et al., NeurIPS 2023, arXiv 2306.01708); then svd
+                   is elected, and the entries of that sign are averaged; then svd (Yadav et al., NeurIPS 2023,
+                   arXiv 2306.01708)
         dare       each entry of ΔW_k dropped with probability 1 - density, the rest divided by density (Yu et al., ICML 2024,
                    arXiv 2311.03099), summed with the weights; then svd.   dare-ties: dropped so, then elected as in ties
 

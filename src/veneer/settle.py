@@ -89,7 +89,7 @@ def settle(
 
     keep       an int: that many groups; a float in (0, 1]: groups, best first, up to that share of the gated parameters;
                'latency:+5%': best first, while a call on the first batch takes at most 5% more than without them (measured),
-               where methods that merge cost nothing, so 'latency:+0%' keeps only those; or a dict of 'parts', 'share', 'latency'
+               where methods that merge cost nothing, so 'latency:+0%' keeps only those; or a dict of these three
     threshold  drop groups whose mean gate is under it (0: none)
     score      model -> float, higher is better, on held-out data; or one float for each example (or fold) there, and the
                report then gives the spread of the loss too; runs once for each group, and once for the whole

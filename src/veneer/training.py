@@ -56,7 +56,10 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, names: 
 
 def penalty(model: nn.Module, names: Iterable[str] | None = None) -> Tensor:
     """The sum of what the active adapters (or those named) add to the training loss (AdaLoRA's orthogonality, a mixture's
-    balance); a zero where they add nothing. Call it after the model and before the backward pass."""
+    balance); a zero where they add nothing. Call it after the model and before the backward pass.
+
+    Raises: AdapterError for unknown names, or where nothing is attached.
+    """
     own = [source for part in parts_in_use(model, names) for source in (part, part.gate) if source is not None]
     terms = [t for source in own if (t := source.penalty()) is not None]
     if not terms:

@@ -26,10 +26,12 @@ class DoRA(LoRA):
     The norm is treated as a constant in the backward pass (the paper's section 4.3). It never needs W + s B A:
     ‖W + s B A‖² = ‖W‖² + 2 s (W Aᵀ)·B + s² (B A Aᵀ)·B row by row, where ‖W‖² is computed once, so a step costs one product
     of W with r vectors. Rows are outputs everywhere: a convolution's channels, an embedding's dimensions, each expert's.
-    Dropout acts on the low-rank term alone.
 
-    All of LoRA's options hold, its starts and rank patterns too; the paper halves LoRA's rank and keeps its alpha. Its
-    deviation is not linear in its parameters, so a gate's constant cannot be folded into them; it merges all the same.
+    at, r, alpha, init, rank_stabilized, b_rate, freeze_a, ranks, alphas, tied, rho, niter  as LoRA's, with its
+              `starts`; the paper halves LoRA's rank and keeps its alpha
+    dropout   on x before A, while training; 0 by default. It acts on the low-rank term alone
+
+    The deviation is not linear in the parameters, so a gate's constant cannot be folded into them; it merges all the same.
 
     Parameters: r (in + out) + out for each map. Raises: as LoRA.
     """

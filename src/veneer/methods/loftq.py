@@ -42,8 +42,10 @@ class LoftQ(LoRA):
     quantiser  'nf4' (default; blocks of 64, as bitsandbytes'), 'int4' (the same blocks, even steps), 'int8' (a scale a row)
 
     One round of the paper's alternation: further ones quantise W less the last round's B A, which is no longer what a
-    base loaded in few bits is. The other options and the parameters are LoRA's; `init` is 'loftq' alone. Raises:
-    CapabilityError on a base that is quantised already; PlanError.
+    base loaded in few bits is. `init` is 'loftq' alone, the one entry of its `starts`. As LoRA's are at, r, alpha, dropout,
+    rank_stabilized, b_rate, freeze_a, ranks, alphas, tied, rho and niter.
+
+    Parameters: r (in + out) for each map. Raises: CapabilityError on a base that is quantised already; PlanError.
     """
 
     name = "loftq"

@@ -112,7 +112,8 @@ def make(data: Any, model: nn.Module, *, tokenizer: Any, collate: Any, metric: A
     names: list[str] = []
     if _is_table(train):
         names = train.names
-        train, held = (_tokenised(t, tokenizer, names, model) if t is not None else None for t in (train, held))
+        train = _tokenised(train, tokenizer, names, model)
+        held = None if held is None else _tokenised(held, tokenizer, names, model)
     _check(train, "training")
     classes = _classes(train)
     if held is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ..errors import ConfigError, did_you_mean
 
@@ -69,7 +69,7 @@ EXECUTORS: dict[str, Executor] = {"local": local, "race": race, "ray": ray}
 def find(name: Any) -> Executor:
     """The executor of that name, or `name` itself where it is one. Raises: ConfigError."""
     if callable(name):
-        return name
+        return cast(Executor, name)
     if name not in EXECUTORS:
         raise ConfigError(f"there is no executor {name!r}", where="executor", fix=did_you_mean(str(name), EXECUTORS))
     return EXECUTORS[name]

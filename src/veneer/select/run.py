@@ -55,8 +55,9 @@ def select(
 
     Candidates come from `space` in generations of nine, by Optuna's multi-objective TPE over score and the logarithm of the
     parameters (Ozaki et al., JAIR 2022). Each is trained on a ninth of the steps (and of the examples), the better third
-    on a third, the best of those in full (successive halving; Li et al., JMLR 2018), and only the last are on the front. Parameters are
-    counted without training, so a candidate over the budget is never trained. What is measured, and how: measure.py.
+    on a third, the best of those in full (successive halving; Li et al., JMLR 2018), and only the last are on the front.
+    Parameters are counted without training, so a candidate over the budget is never trained. What is measured, and how:
+    measure.py.
 
         front        those that no other is at least as good as in all `objectives` and better in one
         recommended  the best score; among those that tie with it within one standard error over the evaluation
