@@ -37,6 +37,13 @@ def test_penalty_and_advance_do_nothing_where_nothing_is_asked():
     vn.attach(model, vn.LoRA(2))
     assert float(vn.penalty(model)) == 0
     vn.advance(model, 1, 3)
+    for ask in (
+        lambda: vn.penalty(model, ["defualt"]),
+        lambda: vn.advance(model, 1, 3, names=["defualt"]),
+        lambda: vn.param_groups(model, 1e-3, names=["defualt"]),
+    ):
+        with refuses(vn.AdapterError, "no adapter called 'defualt' is attached", "Did you mean 'default'"):
+            ask()
     with refuses(vn.AdapterError, "step 4 of 3"):
         vn.advance(model, 4, 3)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import known
 from .attach import state_of
 from .errors import AdapterError
 from .plan import finite
@@ -27,7 +28,7 @@ def parts_in_use(model: nn.Module, names: Iterable[str] | None = None) -> Iterat
     """The parts of the active adapters, or of those named."""
     state = state_of(model)
     for name in state.active if names is None else names:
-        yield from state.adapters[name].parts
+        yield from state.adapters[known(state, name)].parts
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -74,13 +75,13 @@ def advance(model: nn.Module, step: int, total: int, optimiser: Any = None, *, n
     optimiser  needed by methods that exchange their parameters for others: those that are gone leave it with their state,
                and the new ones take their places
 
-    Raises: AdapterError for a step that is not within 1 to total, and where an optimiser is needed and not given.
+    Raises: AdapterError for unknown names, a step that is not within 1 to total, and where an optimiser is needed and not given.
     """
     if not 1 <= step <= total:
         raise AdapterError(f"step {step} of {total}", fix="Steps count from 1 to the total")
     state = state_of(model)
     for name in state.active if names is None else names:
-        record = state.adapters[name]
+        record = state.adapters[known(state, name)]
         for i, term in enumerate(record.plan.terms()):
             parts = [p for p in record.parts if p.term == i]
             if not term.method.renews(step, total):
