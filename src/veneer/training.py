@@ -75,7 +75,8 @@ def advance(model: nn.Module, step: int, total: int, optimiser: Any = None, *, n
     optimiser  needed by methods that exchange their parameters for others: those that are gone leave it with their state,
                and the new ones take their places
 
-    Raises: AdapterError for unknown names, a step that is not within 1 to total, and where an optimiser is needed and not given.
+    Raises: AdapterError for unknown names, for a step that is not within 1 to total, and where an optimiser is needed and
+    not given.
     """
     if not 1 <= step <= total:
         raise AdapterError(f"step {step} of {total}", fix="Steps count from 1 to the total")

@@ -134,6 +134,9 @@ def test_over_the_budget_is_never_trained():
 
 def test_a_race_finds_what_learns_too():
     alone, raced = (vn.select(model(), data(), space=SPACE, halving=False, executor=e, **FAST) for e in ("local", "race"))
+    base = model()
+    torch.rand(5)  # whatever was drawn before
+    assert same(raced, vn.select(base, data(), space=SPACE, halving=False, executor="race", **FAST))
     assert [t.status for t in raced.trials] == ["complete"] * 4 and raced.best.score > 0.8
     for a, b in zip(alone.trials, raced.trials, strict=True):
         assert abs(a.score - b.score) < 0.15 and b.cost["steps"] == 60 and "latency" in b.objectives

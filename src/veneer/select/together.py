@@ -31,6 +31,8 @@ def together(worker: Worker, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome
 
 
 def _race(worker: Worker, jobs: list[Job], share: float) -> list[Outcome]:
+    from transformers import set_seed
+
     steps, data = worker.steps_of(share), worker.data
     rows = data.rows(min(1.0, steps * worker.batch_size / len(data.train)), "train", LEAST_ROWS)
     held = data.rows(share, "evaluation", LEAST_SCORED)
@@ -51,6 +53,7 @@ def _race(worker: Worker, jobs: list[Job], share: float) -> list[Outcome]:
         if time.time() > min(j.deadline for j in jobs):
             raise _Late
         with own_random_state(), quiet():
+            set_seed(worker.seed)  # what the base's own dropout draws does not hang on the caller
             train = [data.train[i] for i in rows]
             report = race(
                 worker.model, candidates, train, score, steps=steps, batch=worker.batch_size, best=False, keep="none", seed=worker.seed, on_step=watch
