@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import veneer as vn
-from test_peft_format import close, logits, quietly, shake, shaken
+from helpers import refuses
+from test_peft_format import close, logits, quietly, shake, shaken, spoil
 from zoo import ZOO
 
 T = ["q_proj", "v_proj"]
@@ -79,31 +82,101 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], vn.Plan]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_both_ways(case: str, tmp_path: Path) -> None:
-    """From PEFT here and back; then from here to PEFT and back."""
-    config, plan = CASES[case]
-    build, inputs = ZOO["llama"].build, ZOO["llama"].inputs(2, 7)
-    theirs = shaken(build(), config())
-    quietly(theirs.save_pretrained, tmp_path / "theirs")
-    expected = logits(theirs, inputs)
+def both_ways(kind: str, config: Any, plan: vn.Plan, path: Path, **more: Any) -> None:
+    """From PEFT here and back; then from here to PEFT and back. `more` is what PEFT's forward wants besides."""
+    build, inputs = ZOO[kind].build, ZOO[kind].inputs(2, 7)
+    theirs = shaken(build(), config)
+    quietly(theirs.save_pretrained, path / "theirs")
+    expected = logits(theirs, inputs | more)
     model = build()
     base = logits(model, inputs)
-    vn.load(model, tmp_path / "theirs", name="mine")
+    vn.load(model, path / "theirs", name="mine")
     close(logits(model, inputs), expected, inputs)
-    assert not torch.allclose(expected, base, atol=1e-4)
-    vn.save(model, tmp_path / "again", name="mine", format="peft")
-    back = quietly(peft.PeftModel.from_pretrained, build(), str(tmp_path / "again" / "mine")).eval()
-    close(logits(back, inputs), expected, inputs)
+    assert base.shape != expected.shape or not torch.allclose(expected, base, atol=1e-4)
+    vn.save(model, path / "again", name="mine", format="peft")
+    back = quietly(peft.PeftModel.from_pretrained, build(), str(path / "again" / "mine")).eval()
+    close(logits(back, inputs | more), expected, inputs)
     vn.detach(model)
     assert torch.equal(logits(model, inputs), base)
 
-    shake(vn.attach(model, plan()).parameters(), 1)
+    shake(vn.attach(model, plan).parameters(), 1)
     ours = logits(model, inputs)
     assert not torch.allclose(ours, base, atol=1e-4)
-    vn.save(model, tmp_path / "ours", format="peft")
-    back = quietly(peft.PeftModel.from_pretrained, build(), str(tmp_path / "ours")).eval()
-    close(logits(back, inputs), ours, inputs)
+    vn.save(model, path / "ours", format="peft")
+    back = quietly(peft.PeftModel.from_pretrained, build(), str(path / "ours")).eval()
+    close(logits(back, inputs | more), ours, inputs)
     other = build()
-    vn.load(other, tmp_path / "ours")
+    vn.load(other, path / "ours")
     close(logits(other, inputs), ours, inputs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ways(case: str, tmp_path: Path) -> None:
+    config, plan = CASES[case]
+    both_ways("llama", config(), plan(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
+def test_p_tuning(kind: str, encoder: str, tmp_path: Path) -> None:
+    task = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}[kind]
+    config = peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_reparameterization_type=encoder, encoder_hidden_size=8, task_type=task)
+    both_ways(kind, config, vn.PTuning(4, encoder=encoder.lower(), before_cls=True), tmp_path)
+
+
+def test_multitask(tmp_path: Path) -> None:
+    """PEFT wants to be told the task of every example: the first, in a file of one."""
+    config = peft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=1, num_ranks=2, task_type="CAUSAL_LM")
+    both_ways("llama", config, vn.MultitaskPrompt(4, rank=3), tmp_path, task_ids=torch.zeros(2, dtype=torch.long))
+    spoil(tmp_path / "theirs", tensors=lambda t: t.update({k: torch.cat([t[k]] * 2) for k in ("prefix_task_cols", "prefix_task_rows")}))
+    with refuses(vn.StoreError, "holds 2 tasks", "EXACT_SOURCE_TASK"):
+        vn.load(ZOO["llama"].build(), tmp_path / "theirs")
+    model = ZOO["t5"].build()
+    vn.attach(model, vn.MultitaskPrompt(4))
+    with refuses(vn.CapabilityError, "before the decoder's input too", "native"):
+        vn.save(model, tmp_path / "t5", format="peft")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_damaged_files_are_refused_and_leave_the_model_alone(case: str, tmp_path: Path) -> None:
+    """Every tensor one entry short, or away; the model is as it was, and takes the whole file afterwards."""
+    model = ZOO["llama"].build()
+    inputs = ZOO["llama"].inputs(2, 7)
+    base = logits(model, inputs)
+    quietly(shaken(ZOO["llama"].build(), CASES[case][0]()).save_pretrained, tmp_path)
+    whole = (tmp_path / "adapter_model.safetensors").read_bytes()
+    names = list(dict.fromkeys(re.sub(r".*layers\.\d+\.[^.]+\.[^.]+\.", "", k) for k in load_file(tmp_path / "adapter_model.safetensors")))
+    for name in names:
+        if name in ("randlora_A", "randlora_B", "delora_w_norm"):
+            continue  # each module's own copy of what stands once, and what is the base's
+        for cut in (lambda t, k: t[k].flatten()[:-1].clone(), None):
+            (tmp_path / "adapter_model.safetensors").write_bytes(whole)
+            spoil(tmp_path, tensors=lambda t, n=name, c=cut: [t.update({k: c(t, k)}) if c else t.pop(k) for k in list(t) if k.endswith(n)][:0])
+            with pytest.raises(vn.StoreError, match="adapter_config|adapter_model|" + str(tmp_path)):
+                vn.load(model, tmp_path)
+            assert torch.equal(logits(model, inputs), base), name
+    (tmp_path / "adapter_model.safetensors").write_bytes(whole)
+    vn.load(model, tmp_path)
+
+
+REFUSED: list[tuple[str, Callable[[], vn.Plan], str, str]] = [
+    ("llama", lambda: vn.LoHa(2) + vn.LoHa(3), "LOHA has one adapter a module", "native"),
+    ("gpt2", lambda: vn.HRA(2), "HRA cannot express hra at .*a slice of a fused", "native"),
+    ("gpt2", lambda: vn.LoHa(2, at="attn.o"), "of kind 'transposed'", "native"),
+    ("llama", lambda: vn.VeRA(4, at="attn.q") + vn.VeRA(4, at="attn.v"), "shares vera_A and vera_B among all modules", "native"),
+    ("llama", lambda: vn.OFT(4, at="attn.q") + vn.OFT(8, at="attn.v"), "OFT has one oft_block_size for all modules", "native"),
+    ("llama", lambda: vn.BOFT(4, factors=2), "BOFT has nothing like this but with boft_n_butterfly_factor=1; here it is 2", "native"),
+    ("llama", lambda: vn.Magnitude(0.01), "counts entries as r", "RandomMask"),
+    ("llama", lambda: vn.LlamaAdapter(2), "one gate a layer", "per_head=False"),
+    ("llama", lambda: vn.LlamaAdapter(2, per_head=False, at="attn@0"), "topmost layers", "native"),
+    ("bert", lambda: vn.PTuning(2), "before the CLS token", "vn.PTuning"),
+]
+
+
+@pytest.mark.parametrize(("kind", "plan", "what", "fix"), REFUSED, ids=[r[2] for r in REFUSED])
+def test_what_peft_cannot_say(kind: str, plan: Callable[[], vn.Plan], what: str, fix: str, tmp_path: Path) -> None:
+    model = ZOO[kind].build()
+    vn.attach(model, plan())
+    with refuses(vn.CapabilityError, what, fix):
+        vn.save(model, tmp_path / "out", format="peft")
+    assert not (tmp_path / "out").exists()

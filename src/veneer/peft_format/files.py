@@ -46,10 +46,17 @@ class Codec:
 
 
 CODECS = (
-    Codec("LORA", "lora", ("bitfit",), lora.FIELDS, lora.read, lora.write),
+    Codec("LORA", "lora", ("bitfit",), lora.FIELDS, lora.read, lora.write, also=("dora",)),
     Codec("IA3", "ia3", (), ia3.FIELDS, ia3.read, ia3.write),
     Codec("LN_TUNING", "full", (), whole.FIELDS, whole.read, whole.write),
-    Codec("PROMPT_TUNING", "prompt", (), (), soft.read_prompt, soft.write_prompt, "base_model.", {soft.KEY: ""}),
+    *(
+        Codec(name, p.make.name, (), own, p.read, p.write, "base_model.", dict.fromkeys(keys, ""))
+        for name, p, own, keys in (
+            ("PROMPT_TUNING", soft.PROMPT, (), (soft.KEY,)),
+            ("P_TUNING", soft.ENCODED, soft.ENCODER, (soft.KEY,)),
+            ("MULTITASK_PROMPT_TUNING", soft.MULTITASK, soft.TASKS, (soft.KEY, *soft.FACTORS)),
+        )
+    ),
     Codec("PREFIX_TUNING", "prefix", (), ("prefix_projection",), soft.read_prefix, soft.write_prefix, "base_model.", {soft.KEY: ""}),
     *(
         Codec(

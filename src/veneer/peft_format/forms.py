@@ -213,7 +213,7 @@ FORMS = (
     Form(
         "BOFT", BOFT, {"boft_R": "Q", "boft_s": "s"}, lambda p: {"block": p.tensors["Q"].shape[-1]},
         lambda m: {"boft_block_size": m.method.block, "boft_block_num": 0, "boft_n_butterfly_factor": m.method.factors}, enter=_boft_in, leave=_boft_out,
-        reads="boft_block_size boft_block_num boft_dropout", fixed={"boft_n_butterfly_factor": 1},
+        reads="boft_block_size boft_block_num boft_dropout", fixed={"boft_n_butterfly_factor": 1},  # without its CUDA extension PEFT takes others for 1
     ),
     Form(
         "HRA", HRA, {"hra_u": "U"}, lambda p: {"r": p.whole("r", 8)}, lambda m: {"r": m.method.r}, reads="r", fixed={"apply_GS": False},

@@ -1,4 +1,4 @@
-"""LORA: A and B under each module; whole fused maps as slices that share A; expert tensors stacked."""
+"""LORA: A and B under each module, and DoRA's m; whole fused maps as slices that share A; expert tensors stacked."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from ..errors import CapabilityError
-from ..methods import LoRA
+from ..methods import DoRA, LoRA
 from ..ops.maps import place, take
 from ..sites import Site
 from . import biases
 from .config import Draft, Source, check_start
 from .places import pattern, short_names, sites_at
 
-FIELDS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "target_parameters")
+FIELDS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "target_parameters")
 _KEY = re.compile(r"(?P<path>.+?)(?P<inner>(?:\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?")
+_LENGTHS = ".lora_magnitude_vector"
 
 
 def read(source: Source) -> list[Draft]:
@@ -31,6 +32,8 @@ def read(source: Source) -> list[Draft]:
         if match is not None:
             place_ = match["path"], match["inner"].count(".base_layer")
             found.setdefault(place_, {})[match["side"]] = source.tensors.pop(key)
+    dora = source.flag("use_dora")
+    lengths = {key: source.tensors.pop(key).flatten() for key in list(source.tensors) if dora and key.endswith(_LENGTHS)}
     groups: dict[tuple[int, float], Draft] = {}
     wanted: dict[tuple[int, float], list[Site]] = {}
     for (path, depth), pair in found.items():
@@ -47,10 +50,12 @@ def read(source: Source) -> list[Draft]:
         for s in sites:
             # slices of a fused map see the same x: each takes A whole, and its own rows of B
             group.values[s] = {"A": a, "B": take(b, s.slice, -2)}
+            if dora:
+                group.values[s]["m"] = _length(source, path, s, b, lengths)
             wanted.setdefault((rank, alpha), []).append(s)
     for (rank, alpha), draft in groups.items():
         at = pattern(source.sites, wanted[rank, alpha], source.where)
-        draft.method = LoRA(rank, alpha=int(alpha) if alpha == int(alpha) else alpha, dropout=source.number("lora_dropout", 0.0), at=at)
+        draft.method = (DoRA if dora else LoRA)(rank, alpha=int(alpha) if alpha == int(alpha) else alpha, dropout=source.number("lora_dropout", 0.0), at=at)
     return [*groups.values(), *biases.read(source)]
 
 
@@ -85,6 +90,14 @@ def _canonical(source: Source, path: str, sites: list[Site], a: Tensor, b: Tenso
     return a, b, rank
 
 
+def _length(source: Source, path: str, site: Site, b: Tensor, lengths: dict[str, Tensor]) -> Tensor:
+    m = lengths.get(path + _LENGTHS)
+    if m is None or m.shape[0] != b.shape[-2]:
+        there = "none" if m is None else f"one of {m.shape[0]} numbers"
+        raise source.fail(f"use_dora is set, and {path!r} needs a lora_magnitude_vector of {b.shape[-2]}; the file has {there}", "Take another copy")
+    return take(m, site.slice, 0)
+
+
 def _misfit(source: Source, path: str, a: Tensor, b: Tensor, needed: str) -> Exception:
     return source.fail(f"A {list(a.shape)} and B {list(b.shape)} do not fit {path!r}, which is {needed}", "The adapter is for another base")
 
@@ -109,8 +122,8 @@ def _alpha(source: Source, path: str, tensor: str | None, rank: int) -> float:
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 def write(model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The fields and tensors of a LORA file, for LoRA parts and BitFit parts beside them. Several LoRAs on one map become
-    one of their summed rank."""
+    """The fields and tensors of a LORA file, for LoRA or DoRA parts and BitFit parts beside them. Several LoRAs on one map
+    become one of their summed rank."""
     groups: dict[tuple[str, str], list[Any]] = {}
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
@@ -118,7 +131,7 @@ def write(model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[st
     parameters: dict[str, list[str]] = {}
     transposed = False
     bias = [p for p in parts if p.method_name == "bitfit"]
-    parts = [p for p in parts if p.method_name == "lora"]
+    parts = [p for p in parts if p.method_name != "bitfit"]
     for p in parts:
         groups.setdefault((p.site.path, p.site.tensor), []).append(p)
     for (path, tensor), members in groups.items():
@@ -141,13 +154,15 @@ def write(model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[st
         transposed = transposed or site.kind == "transposed"
         stem, tail = ("lora_embedding_", "") if site.kind == "embedding" else ("lora_", ".weight")
         tensors[f"{key}.{stem}A{tail}"], tensors[f"{key}.{stem}B{tail}"] = a, b
+        if hasattr(members[0], "m"):
+            tensors[path + _LENGTHS] = _lengths(path, members)
     tensors = _nest(model, tensors, parameters)
     (rank, alpha), _ = Counter(sizes.values()).most_common(1)[0]
     odd = {k: v for k, v in sizes.items() if v != (rank, alpha)}
     names = {f"{p}.{t}" for p, ts in parameters.items() for t in ts}
     fields: dict[str, Any] = {
         "r": rank, "lora_alpha": _plain(alpha), "lora_dropout": parts[0].dropout, "bias": "none", "fan_in_fan_out": transposed,
-        "use_rslora": False, "use_dora": False, "init_lora_weights": True, "target_modules": short_names(model, targets) if targets else [],
+        "use_rslora": False, "use_dora": hasattr(parts[0], "m"), "init_lora_weights": True, "target_modules": short_names(model, targets) if targets else [],
         "rank_pattern": {_exactly(k): r for k, (r, _) in odd.items() if r != rank},
         "alpha_pattern": {_exactly(k): _plain(x) for k, (_, x) in odd.items() if x != alpha},
         "target_parameters": sorted(names) or None,
@@ -170,6 +185,15 @@ def _joined(members: list[Any]) -> tuple[Tensor, Tensor, float]:
     a = torch.cat([a for a, _ in pairs], -2)
     b = torch.cat([place(b * p.scale, p.site.slice, -2) for p, (_, b) in zip(members, pairs, strict=True)], -1)
     return a, b, float(a.shape[-2])
+
+
+def _lengths(path: str, members: list[Any]) -> Tensor:
+    """m of a whole map, from its DoRA or from those of all its slices."""
+    covered = sum(place(torch.ones_like(p.m), p.site.slice, 0) for p in members)
+    if members[0].site.experts or not bool((covered == 1).all()):  # type: ignore[union-attr]
+        raise CapabilityError(f"PEFT's DoRA is one for the whole of a matrix, and at {path!r} it is not", fix="Save it in the native format")
+    m = sum(place(p.m.detach(), p.site.slice, 0) for p in members)
+    return m.reshape(1, -1, *[1] * len(members[0].map.kernel)) if members[0].site.kind == "conv" else m  # type: ignore[union-attr]
 
 
 def _nest(model: Any, tensors: dict[str, Tensor], parameters: dict[str, list[str]]) -> dict[str, Tensor]:

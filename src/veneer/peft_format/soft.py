@@ -1,7 +1,9 @@
-"""PROMPT_TUNING and PREFIX_TUNING: one tensor for the whole model, and the sizes of that model."""
+"""Soft prompts: tensors for the whole model, and the sizes of that model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from .. import resolve
 from ..errors import CapabilityError
-from ..methods import Prefix, PromptTuning
+from ..methods import MultitaskPrompt, Prefix, PromptTuning, PTuning
 from ..methods.parts import KVPart
 from ..ops.positions import rotation
 from ..patterns import select
@@ -17,6 +19,9 @@ from ..sites import Site
 from .config import Draft, Source, task_of
 
 KEY = "prompt_embeddings"
+FACTORS = ("prefix_task_cols", "prefix_task_rows")
+ENCODER = ("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
+TASKS = ("num_tasks", "num_ranks", "prompt_tuning_init_task", "prompt_tuning_init_state_dict_path")
 
 
 def _two_towers(model: Any) -> bool:
@@ -30,27 +35,78 @@ def _take(source: Source) -> Tensor:
     return value
 
 
-# -- prompt tuning ----------------------------------------------------------------------------------------------------
-def read_prompt(source: Source) -> list[Draft]:
-    """The plan of a PROMPT_TUNING file. PEFT keeps a second half for the decoder, which its forward never uses."""
-    value, n = _take(source), source.whole("num_virtual_tokens")
-    site = select(source.sites, "embed", port="embed", default=True, why=resolve.why_not(source.model, "embed"))[0]
-    if value.shape[0] not in (n, 2 * n) or value.shape[1] != site.width:
-        raise source.fail(f"{KEY!r} has shape {list(value.shape)}, and {[n, site.width]} is needed", "The adapter is for another base")
-    return [Draft(PromptTuning(n, before_cls=True), {site: {"vectors": value[:n]}})]
+# -- prompts before the input --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Prompts:
+    """A type that is a prompt: what it becomes, the fields that are its own, and its tensors beside the prompt.
+
+    `enter` takes the file and the prompt (n, d), and gives our tensors; `leave` takes a part, and gives the prompt and the
+    others; `options` are those of our method that follow from the fields, `fields` the fields that follow from a part.
+    """
+
+    make: type[Any]
+    enter: Callable[[Source, Tensor], dict[str, Tensor]]
+    leave: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
+    options: Callable[[Source], dict[str, Any]] = lambda _: {}
+    fields: Callable[[Any], dict[str, Any]] = lambda _: {}
+    two_towers: bool = True  # False: in an encoder-decoder PEFT computes something else
+
+    def _check(self, model: Any) -> None:
+        if not self.two_towers and _two_towers(model):
+            raise CapabilityError(
+                f"in an encoder-decoder PEFT puts a {self.make.name} before the decoder's input too", fix="Save and load it in the native format"
+            )
+
+    def read(self, source: Source) -> list[Draft]:
+        """The plan of a file. PEFT keeps a second half for the decoder, which its forward never uses."""
+        self._check(source.model)
+        value, n = _take(source), source.whole("num_virtual_tokens")
+        site = select(source.sites, "embed", port="embed", default=True, why=resolve.why_not(source.model, "embed"))[0]
+        if value.shape[0] not in (n, 2 * n) or value.shape[1] != site.width:
+            raise source.fail(f"{KEY!r} has shape {list(value.shape)}, and {[n, site.width]} is needed", "The adapter is for another base")
+        return [Draft(self.make(n, before_cls=True, **self.options(source)), {site: self.enter(source, value[:n])})]
+
+    def write(self, model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The fields and tensors of a file."""
+        self._check(model)
+        if len(parts) > 1 or parts[0].site != next(s for s in resolve.sites(model) if s.port == "embed"):
+            raise CapabilityError("PEFT has one prompt a model, before its first tower", fix="Save it in the native format: vn.save(model, path)")
+        part = parts[0]
+        if part.keep:
+            name = self.make.__name__
+            raise CapabilityError("PEFT puts a prompt before the CLS token, and this one comes after it", fix=f"Train it as vn.{name}(n, before_cls=True)")
+        v, others = self.leave(part)
+        fields = {**_sizes(model, v.shape[0], v.shape[1], resolve.sites(model)), **self.fields(part)}
+        return fields, {KEY: torch.cat([v, v]) if _two_towers(model) else v, **others}
 
 
-def write_prompt(model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The fields and tensors of a PROMPT_TUNING file."""
-    if len(parts) > 1 or parts[0].site != next(s for s in resolve.sites(model) if s.port == "embed"):
-        raise CapabilityError("PEFT has one prompt a model, before its first tower", fix="Save it in the native format: vn.save(model, path)")
-    part = parts[0]
-    if part.keep:
-        raise CapabilityError("PEFT puts a prompt before the CLS token, and this one comes after it", fix="Train it as vn.PromptTuning(n, before_cls=True)")
-    v = part.vectors.detach()
-    two = _two_towers(model)
-    fields = {**_sizes(model, v.shape[0], v.shape[1], resolve.sites(model)), "prompt_tuning_init": "RANDOM"}
-    return fields, {KEY: torch.cat([v, v]) if two else v}
+def _one_task(source: Source, value: Tensor) -> dict[str, Tensor]:
+    u, v = (source.tensors.pop(k, None) for k in FACTORS)
+    if u is None or v is None or u.dim() != 3 or v.dim() != 3:
+        raise source.fail(f"the tensors {FACTORS} are missing, or have not three dimensions", "The file is not whole; take another copy")
+    if u.shape[0] != 1:
+        raise source.fail(
+            f"the file holds {u.shape[0]} tasks, and an adapter here is one",
+            "Make a file of each with PEFT: MultitaskPromptTuningConfig(prompt_tuning_init='EXACT_SOURCE_TASK', prompt_tuning_init_task=…)",
+        )
+    return {"P": value, "u": u[0], "v": v[0].t()}
+
+
+PROMPT = Prompts(PromptTuning, lambda _, value: {"vectors": value}, lambda p: (p.vectors.detach(), {}), fields=lambda _: {"prompt_tuning_init": "RANDOM"})
+ENCODED = Prompts(  # of the encoder only the result is saved, on both sides
+    PTuning,
+    lambda _, value: {"vectors": value},
+    lambda p: (p.prompt().detach(), {}),
+    fields=lambda p: {"encoder_reparameterization_type": "MLP", "encoder_hidden_size": p.site.width, "encoder_num_layers": 2, "encoder_dropout": 0.0},
+)
+MULTITASK = Prompts(
+    MultitaskPrompt,
+    _one_task,
+    lambda p: (p.P.detach(), dict(zip(FACTORS, (p.u.detach()[None], p.v.detach().t()[None]), strict=True))),
+    options=lambda source: {"rank": source.whole("num_ranks", 1)},
+    fields=lambda p: {"prompt_tuning_init": "RANDOM", "num_tasks": 1, "num_ranks": p.u.shape[1]},
+    two_towers=False,
+)
 
 
 # -- prefix tuning ----------------------------------------------------------------------------------------------------

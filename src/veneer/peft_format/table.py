@@ -180,6 +180,9 @@ def write(form: Form, model: nn.Module, parts: list[Any], methods: list[Any]) ->
         whole = Made(model, methods[banks[0].term], replace(banks[0].site, inp=wide, out=tall), banks[0], dict(banks[0].state_dict()))
         out |= {theirs: whole.tensors[ours].detach() for theirs, ours in form.roots.items()}
     fields = _fields(form, {s.path: form.fields(one) for s, one in made.items()})
+    for key, only in form.fixed.items():
+        if fields.get(key, only) != only:
+            raise CapabilityError(f"PEFT's {form.peft_type} has nothing like this but with {key}={only!r}; here it is {fields[key]!r}", fix=NATIVE)
     targets = short_names(model, [s.path for s in made])
     return {"bias": "none", "target_modules": targets, **form.fixed, **fields, **form.overall(list(made.values()))}, out
 
