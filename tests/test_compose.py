@@ -113,6 +113,22 @@ def test_fusion_is_its_equation():
     assert [r["method"] for r in report.rows] == ["lora#1", "lora#2"]
 
 
+@pytest.mark.parametrize("route", [["f", None, "f"], ["f", "f", "other"], ["other", "f", "f"]])
+def test_attention_of_routed_rows_counts_their_own_tokens(route):
+    model, inputs = fresh("bert")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for row, padding in enumerate((4, 2, 1)):
+        inputs["attention_mask"][row, -padding:] = 0
+    vn.attach(model, vn.LoRA(2), name="other")
+    shake(vn.attach(model, vn.fuse(vn.Bottleneck(3), vn.Bottleneck(4)), name="f"), scale=1.0)
+    mine = torch.tensor([i for i, name in enumerate(route) if name == "f"])
+    alone = vn.gates(model, [{k: v[mine] for k, v in inputs.items()}], "f")
+    with vn.route(model, route):
+        mixed = vn.gates(model, [inputs], "f")
+    for a, b in zip(alone.rows, mixed.rows, strict=True):
+        assert b == pytest.approx(a, abs=1e-5)
+
+
 def test_trained_adapters_are_taken_by_name_and_held(tmp_path):
     model, inputs = fresh("bert")
     for i, name in enumerate(("one", "two")):

@@ -234,9 +234,10 @@ class Host:
             total = self._add(total, part, part.deviation, x, y, frame, part.site.slice if part.site.port == "weight" else None)
         for (_, attend), members in joint.items():
             first, xin = members[0]
+            mask = frame.mask if frame.routing is None else frame.routing.select(first.adapter, frame.mask)
 
-            def rule(x: Tensor, h: Tensor, attend: Any = attend, members: Any = members) -> Tensor:
-                return attend(h, [p.deviation(x, h) for p, _ in members], [p.gate for p, _ in members], frame.mask)
+            def rule(x: Tensor, h: Tensor, attend: Any = attend, members: Any = members, mask: Tensor | None = mask) -> Tensor:
+                return attend(h, [p.deviation(x, h) for p, _ in members], [p.gate for p, _ in members], mask)
 
             total = self._add(total, first, rule, xin, y, frame, first.site.slice if first.site.port == "weight" else None)
         return total
@@ -281,12 +282,7 @@ class Host:
                     return total
                 x = x.index_select(dim, rows) if x.shape[dim] == n else x
                 y = y.index_select(dim, rows)
-                if mask is not None:
-                    own = frame.routing.rows(part.adapter, mask.shape[0], mask.device)
-                    mask = mask if own is None else mask.index_select(0, own)
-                if prompt is not None:
-                    own = frame.routing.rows(part.adapter, prompt.shape[0], prompt.device)
-                    prompt = prompt if own is None else prompt.index_select(0, own)
+                mask, prompt = (frame.routing.select(part.adapter, t) for t in (mask, prompt))
         out_dim = part.map.out_dim if part.site.port == "weight" else -1
         d = rule(x, take(y, s, out_dim))
         if part.gate is not None and part.gate.joint is None:
@@ -369,12 +365,7 @@ class Host:
             if rows is not None and routing is not None:
                 a = select_rows(a, n, dim, rows)
                 sub = routing.of(adapter)
-                mask = frame.mask
-                if mask is not None:
-                    mask = mask.index_select(0, routing.rows(adapter, mask.shape[0], mask.device))
-                prompt = frame.prompt
-                if prompt is not None:
-                    prompt = prompt.index_select(0, routing.rows(adapter, prompt.shape[0], prompt.device))
+                mask, prompt = (routing.select(adapter, t) for t in (frame.mask, frame.prompt))
                 own = replace(own, routing=sub, mask=mask, prompt=prompt, batch=frame.batch * sub.size // routing.size)
             a, k = a
             now = plain + members

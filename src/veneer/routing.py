@@ -51,6 +51,11 @@ class Routing:
                 self._rows[key] = torch.tensor([i * k + j for i in mine for j in range(k)], device=device, dtype=torch.long)
         return self._rows[key]
 
+    def select(self, name: str, value: Tensor | None) -> Tensor | None:
+        """The rows of `name` in a tensor whose first dimension is the batch; None stays None."""
+        rows = None if value is None else self.rows(name, value.shape[0], value.device)
+        return value if value is None or rows is None else value.index_select(0, rows)
+
     def runs(self, adapters: Iterable[str]) -> tuple[Run, ...] | None:
         """The batch as runs of neighbouring rows, each of which uses one set of `adapters`; None where an adapter's rows lie
         apart. Cutting a tensor in runs and joining them copies it once, however many adapters there are."""
@@ -73,11 +78,16 @@ class Routing:
         if key not in self._frames or self._frames[key][0] is not frame:
             for old in [k for k, (f, _) in self._frames.items() if f is not frame]:
                 del self._frames[old]
-            mask, count = frame.mask, run.stop - run.start
-            if mask is not None:
-                each = mask.shape[0] // self.size
-                mask = mask.narrow(0, run.start * each, count * each)
-            own = replace(frame, routing=Routing(self.by_row[run.start : run.stop]), mask=mask, batch=frame.batch * count // self.size)
+            count = run.stop - run.start
+
+            def of_run(value: Tensor | None) -> Tensor | None:
+                each = 0 if value is None else value.shape[0] // self.size
+                return None if value is None else value.narrow(0, run.start * each, count * each)
+
+            own = replace(
+                frame, routing=Routing(self.by_row[run.start : run.stop]), mask=of_run(frame.mask), prompt=of_run(frame.prompt),
+                batch=frame.batch * count // self.size,
+            )  # fmt: skip
             self._frames[key] = (frame, own)
         return self._frames[key][1]
 

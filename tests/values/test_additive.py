@@ -280,6 +280,20 @@ def test_reft_chooses_the_same_tokens_on_either_side_of_the_padding_and_while_de
         pass
 
 
+@pytest.mark.parametrize("route", [["a", None, "a"], ["b", "a", "a"], ["a", "b", None]])
+def test_reft_of_routed_rows_counts_their_own_prompts(route: list[str | None]) -> None:
+    model = ZOO["llama"].build()
+    for seed, name in enumerate("ab"):
+        shake(vn.attach(model, vn.LoReFT(2, positions="last:2"), name=name).parameters(), seed)
+    inputs, lengths = {"input_ids": ZOO["llama"].inputs(3, 7)["input_ids"]}, [3, 5, 4]
+    with vn.route(model, route), vn.prompted(model, lengths):
+        mixed = logits(model, inputs)
+    for i, name in enumerate(route):
+        vn.activate(model, name)
+        with vn.prompted(model, lengths[i : i + 1]):
+            same(mixed[i : i + 1], logits(model, {"input_ids": inputs["input_ids"][i : i + 1]}))
+
+
 # -- invertible adapters --------------------------------------------------------------------------------------------------
 def test_the_inverse_undoes_the_coupling_before_a_tied_head() -> None:
     from transformers import BertConfig, BertForMaskedLM
