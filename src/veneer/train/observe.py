@@ -22,12 +22,14 @@ GATED_ROWS = 256  # of the evaluation rows; the spread of a mean over more is un
 
 def observe(folder: Path, trainer: Any, run: Any) -> None:
     """Write what the report shows beside run.json: evaluation.json with what the task has to say of the last evaluation
-    (classes and mistakes, or samples), and gates.json where the plan has gates.
+    (classes and mistakes, or samples), and gates.json where the plan has gates. Of several processes the first writes.
 
     run  with task, config.name
     """
-    _write(folder / OBSERVED, run.task.answers(trainer, run))
-    rows = gate_rows(trainer, run.config.name)
+    answers, rows = run.task.answers(trainer, run), gate_rows(trainer, run.config.name)
+    if not trainer.is_world_process_zero():
+        return
+    _write(folder / OBSERVED, answers)
     if rows:
         _write(folder / GATES, {"rows": rows})
 

@@ -57,12 +57,8 @@ class Batch:
         return Batch(to, self.accumulate * self.micro // to, self.checkpointing)
 
 
-def make_trainer(p: Prepared, output: Path, batch: Batch, callbacks: list[Any], quiet: bool = False) -> Any:
-    """The task's Trainer for `p`, whose checkpoints go under `output`."""
-    from transformers import PrinterCallback
-
-    from .trainer import Advance
-
+def arguments(p: Prepared, output: Path, batch: Batch, quiet: bool = False) -> Any:
+    """The Trainer's arguments for `p`, whose checkpoints go under `output`. Of several processes each waits here for all."""
     config, task = p.config, p.task
     if config.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError("this GPU has no bf16", where="bf16", fix="bf16=false")
@@ -108,6 +104,16 @@ def make_trainer(p: Prepared, output: Path, batch: Batch, callbacks: list[Any], 
         )
     )
     args.gradient_checkpointing = False  # `checkpoint` does it, where the estimate says so; trl's default is True
+    return args
+
+
+def make_trainer(p: Prepared, output: Path, batch: Batch, callbacks: list[Any], quiet: bool = False) -> Any:
+    """The task's Trainer for `p`, whose checkpoints go under `output`."""
+    from transformers import PrinterCallback
+
+    from .trainer import Advance
+
+    config, task, args = p.config, p.task, arguments(p, output, batch, quiet)
     trainer = task.trainer()(
         model=p.model, args=args, train_dataset=p.train, eval_dataset=p.evaluation, data_collator=task.collator(),
         compute_metrics=Seen(task.scores) if task.scores is not None else None, callbacks=callbacks, processing_class=p.tokenizer,
@@ -150,7 +156,8 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
 
     A folder that holds a run of the same configuration is gone on with from its last checkpoint, to the same weights as
     without the break; a finished one is an error. A loss that is not finite or leaps ends the run with the last good state
-    (`Result.stopped`). Ctrl-C saves a checkpoint and raises KeyboardInterrupt.
+    (`Result.stopped`). Ctrl-C saves a checkpoint and raises KeyboardInterrupt. Of several processes (torchrun) the first
+    writes the folder.
 
     Raises: ConfigError, DataError, PlanError, SiteError, StoreError.
     """
@@ -170,9 +177,12 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
     batch = Batch(**known) if known else Batch(config.batch_size, config.gradient_accumulation, config.gradient_checkpointing is True)
     start = {k: v.detach().cpu().clone() for k, v in tensors_in(p.model, config.name).items()}
     begin = time.perf_counter()
+    args = arguments(p, output, batch, quiet)  # no process writes before each has looked at the folder
+    first = args.process_index == 0
     with full_disk(output), Progress(quiet=quiet) as bar:
-        write(output, described, p, None, vars(batch))
-        p.tokenizer.save_pretrained(output / PROCESSOR)
+        if first:
+            write(output, described, p, None, vars(batch))
+            p.tokenizer.save_pretrained(output / PROCESSOR)
         while True:
             guard, interrupt = Guard(config.name, config.stop_on_spike), Interrupt()
             early = [EarlyStoppingCallback(config.early_stopping)] if config.early_stopping else []
@@ -181,7 +191,8 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
             fit = fitted(p, trainer, batch)
             if fit != batch:
                 batch = fit
-                write(output, described, p, None, vars(batch))
+                if first:
+                    write(output, described, p, None, vars(batch))
                 trainer = make_trainer(p, output, batch, watching, quiet)
             last = last_checkpoint(output / CHECKPOINTS) if config.resume else None
             set_seed(config.seed)
@@ -203,17 +214,18 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
             guard.restore(p.model)
         seconds = time.perf_counter() - begin
         metrics = reported(p, trainer.evaluate())
-        save(p.model, output / ADAPTER, name=config.name)
         observe(output, trainer, p)
         p.model.__dict__.pop("forward", None)  # trl's own, for its loss
         table = summary(p.model)
-        write_whole(output / CONFIG, as_yaml(described).encode())
         result = {
             "metrics": metrics, "trainable": table.trainable, "share": table.share, "seconds": round(seconds, 2), "stopped": guard.reason,
             "parameters": table.rows, "hardware": hardware(), "log": trainer.state.log_history,
         }  # fmt: skip
-        write(output, described, p, result, vars(batch))
-        report(output)
+        if first:
+            save(p.model, output / ADAPTER, name=config.name)
+            write_whole(output / CONFIG, as_yaml(described).encode())
+            write(output, described, p, result, vars(batch))
+            report(output)
     return Result(output, metrics, table.trainable, table.share, seconds, p.model, p.tokenizer, p.evaluation, guard.reason)
 
 
