@@ -72,6 +72,12 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], vn.Plan]]] = {
         for n in (1, 2, 4)
     },
     "beft": (lambda: peft.BeftConfig(target_modules=["v_proj"]), lambda: vn.BEFT()),
+    "unilora": (
+        lambda: peft.UniLoraConfig(r=2, theta_d_length=30, target_modules=T, save_indices=True),
+        lambda: vn.UniLoRA(3, length=50, bound=0.5, at="attn.q,ffn.down"),
+    ),
+    "tinylora": (lambda: peft.TinyLoraConfig(r=2, u=5, target_modules=T), lambda: vn.TinyLoRA(2, u=3, at="attn.q,ffn.down")),
+    "tinylora-tied": (lambda: peft.TinyLoraConfig(r=2, u=5, weight_tying=0.5, target_modules=T), lambda: vn.TinyLoRA(2, u=3, share="role", at=AT)),
     "gralora": (lambda: peft.GraloraConfig(r=4, alpha=6, target_modules=T), lambda: vn.GraLoRA(4, k=4)),
     "delora": (lambda: peft.DeloraConfig(r=2, target_modules=T, rank_pattern={"v_proj": 3}), lambda: vn.DeLoRA(2)),
     "hira": (lambda: peft.HiraConfig(r=2, target_modules=T), lambda: vn.HiRA(3, at="attn.v")),
@@ -122,6 +128,38 @@ def test_p_tuning(kind: str, encoder: str, tmp_path: Path) -> None:
     task = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}[kind]
     config = peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_reparameterization_type=encoder, encoder_hidden_size=8, task_type=task)
     both_ways(kind, config, vn.PTuning(4, encoder=encoder.lower(), before_cls=True), tmp_path)
+
+
+def test_adalora_with_triplets_gone(tmp_path: Path) -> None:
+    """After PEFT's last allocation each module keeps its own number of triplets, and the file holds those alone."""
+    inputs = ZOO["llama"].inputs(2, 7)
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, tfinal=1, total_step=4, lora_alpha=3, target_modules=T, task_type="CAUSAL_LM")
+    theirs = shaken(ZOO["llama"].build(), config)
+    for step in range(1, 5):
+        theirs(**inputs, labels=inputs["input_ids"]).loss.backward()
+        theirs.base_model.update_and_allocate(step)
+    expected = logits(theirs, inputs)
+    quietly(theirs.save_pretrained, tmp_path)
+    ranks = {v.shape[0] for k, v in load_file(tmp_path / "adapter_model.safetensors").items() if k.endswith("lora_A")}
+    assert len(ranks) > 1
+    model = ZOO["llama"].build()
+    vn.load(model, tmp_path)
+    close(logits(model, inputs), expected, inputs)
+
+
+@pytest.mark.parametrize("case", ["ADALORA", "VERA", "LOHA", "OFT", "BOFT", "HRA", "C3A", "ROAD"])
+def test_with_a_head_beside_on_an_encoder(case: str, tmp_path: Path) -> None:
+    config, plan = {
+        "ADALORA": (peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["query"], task_type="SEQ_CLS"), vn.AdaLoRA(4, target=2)),
+        "VERA": (peft.VeraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"), vn.VeRA(3)),
+        "LOHA": (peft.LoHaConfig(r=4, alpha=4, target_modules=["query"], task_type="SEQ_CLS"), vn.LoHa(3)),
+        "OFT": (peft.OFTConfig(oft_block_size=4, target_modules=["query", "dense"], task_type="SEQ_CLS"), vn.OFT(4)),
+        "BOFT": (peft.BOFTConfig(boft_block_size=4, target_modules=["query"], task_type="SEQ_CLS"), vn.BOFT(4)),
+        "HRA": (peft.HRAConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"), vn.HRA(4)),
+        "C3A": (peft.C3AConfig(block_size=8, target_modules=["query"], task_type="SEQ_CLS"), vn.C3A(8)),
+        "ROAD": (peft.RoadConfig(variant="road_1", group_size=8, target_modules=["query"], task_type="SEQ_CLS"), vn.RoAd(group=8, at="attn.v")),
+    }[case]
+    both_ways("bert", config, plan + vn.Full(at="head"), tmp_path)
 
 
 def test_multitask(tmp_path: Path) -> None:

@@ -58,12 +58,7 @@ CODECS = (
         )
     ),
     Codec("PREFIX_TUNING", "prefix", (), ("prefix_projection",), soft.read_prefix, soft.write_prefix, "base_model.", {soft.KEY: ""}),
-    *(
-        Codec(
-            f.peft_type, f.make.name, (), f.known(), partial(table.read, f), partial(table.write, f), roots=dict.fromkeys(f.roots, "base_model."), also=f.also
-        )
-        for f in forms.FORMS
-    ),
+    *(Codec(f.peft_type, f.make.name, (), f.known(), partial(table.read, f), partial(table.write, f), roots=f.once(), also=f.also) for f in forms.FORMS),
 )
 
 
@@ -81,7 +76,8 @@ def find(path: Path, name: str | None) -> Path | None:
 
 # -- reading ----------------------------------------------------------------------------------------------------------
 def load_peft(model: nn.Module, path: Path, name: str, *, activate: bool = True) -> Adapter:
-    """Attach the PEFT adapter in the folder `path` as `name`, of any of the types in CODECS, each with modules_to_save.
+    """Attach the PEFT adapter in the folder `path` as `name`, of any of the types in CODECS, each with
+    modules_to_save.
 
     A whole fused projection becomes its slices: each has A whole and its own rows of B, which is the same function; when
     trained further here, the copies of A go their own ways.
@@ -104,10 +100,10 @@ def load_peft(model: nn.Module, path: Path, name: str, *, activate: bool = True)
         )
     tensors: dict[str, Tensor] = {}
     for key, value in read_tensors(path / WEIGHTS).items():
-        own = next((k for k, prefix in codec.roots.items() if key == prefix + k), None)
+        own = next((key.removeprefix(prefix) for k, prefix in codec.roots.items() if f"{key}.".startswith(f"{prefix}{k}.")), None)
         if own is None and not key.startswith(codec.prefix):
             raise StoreError(f"a tensor {key!r} that is not of a {codec.peft_type} adapter", where=str(path / WEIGHTS))
-        if not value.is_floating_point() and not key.endswith(INDICES):
+        if not value.is_floating_point() and INDICES not in key.rpartition(".")[2]:
             raise StoreError(f"{key!r} is {value.dtype}, not floating point", where=str(path / WEIGHTS))
         tensors[own or key.removeprefix(codec.prefix)] = value
     source = Source(model, resolve.sites(model), config, tensors, where)
@@ -194,7 +190,7 @@ def save_peft(model: nn.Module, path: Path, record: Record) -> Path:
     if soft.KEY in tensors and config["task_type"] is None:
         config["task_type"] = "FEATURE_EXTRACTION"  # a prompt needs one of PEFT's wrappers; this one wants no head
     folder = path if record.name == "default" else path / record.name
-    out = {codec.roots.get(k, codec.prefix) + k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    out = {codec.roots.get(k.partition(".")[0], codec.prefix) + k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
     write_folder(folder, dict(sorted(config.items())), out, (CONFIG, WEIGHTS))
     write_whole(folder / "README.md", _readme(record, config).encode())
     return folder

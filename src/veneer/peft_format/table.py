@@ -92,6 +92,9 @@ class Form:
     enter, leave  the tensors of a module in our layout, and in theirs (both under our names)
     overall   fields that follow from all modules together
     also      other methods of ours that it can hold
+    numbered  like roots, one tensor for each module, numbered in the model's order; or for each of the groups that
+              `group` (the number of the module, of how many, the file) gives
+    hint      the option to save with, where a tensor is missing
     reads_base whether tensors of the base go into what is stored
     """
 
@@ -110,10 +113,17 @@ class Form:
     also: tuple[str, ...] = ()
     port: str = "weight"
     kinds: tuple[str, ...] = ("linear",)
+    numbered: dict[str, str] = field(default_factory=dict)
+    group: Callable[[int, int, Source], int] = lambda i, *_: i
+    hint: str = "save_projection=True"
     reads_base: bool = False
 
     def known(self) -> set[str]:
         return {*self.reads.split(), *self.fixed, *self.patterns, *self.patterns.values(), "bias", "fan_in_fan_out"}
+
+    def once(self) -> dict[str, str]:
+        """The tensors that stand beside the modules', with the prefix of their keys."""
+        return dict.fromkeys([*self.roots, *self.numbered], "base_model.")
 
 
 def read(form: Form, source: Source) -> list[Draft]:
@@ -128,8 +138,9 @@ def read(form: Form, source: Source) -> list[Draft]:
         if end is not None:
             found.setdefault(key.removesuffix("." + end), {})[form.names[end]] = source.tensors.pop(key)
     missing = [k for k in form.roots if k not in source.tensors]
-    if missing and found:
-        raise source.fail(f"the tensor {missing[0]!r} is not in the file", "Save it with PEFT again, with save_projection=True")
+    if missing and found or form.roots and not found:
+        raise source.fail(f"the tensor {[*missing, *form.names][0]!r} is not in the file", f"Save it with PEFT again, with {form.hint}")
+    _numbered(form, source, found)
     roots = {ours: source.tensors.pop(theirs) for theirs, ours in form.roots.items() if theirs in source.tensors}
     drafts: dict[tuple[Any, ...], dict[Site, Tensors]] = {}
     for path, tensors in found.items():
@@ -146,6 +157,21 @@ def read(form: Form, source: Source) -> list[Draft]:
         if values:
             drafts.setdefault(tuple(sorted(options.items())), {})[sites[0]] = values
     return [Draft(form.make(**dict(key), at=pattern(source.sites, list(v), source.where)), v, roots) for key, v in drafts.items()]
+
+
+def _numbered(form: Form, source: Source, found: dict[str, Tensors]) -> None:
+    order = _in_order(source.model, found)
+    for theirs, ours in form.numbered.items():
+        loose = {k: source.tensors.pop(k) for k in list(source.tensors) if k.startswith(theirs + ".")}
+        for i, path in enumerate(order):
+            key = f"{theirs}.{form.group(i, len(order), source)}"
+            if key not in loose:
+                raise source.fail(f"the tensor {key!r} is not in the file, which {path!r} needs", "The file is not whole; take another copy")
+            found[path][ours] = loose[key]
+
+
+def _in_order(model: nn.Module, paths: Any) -> list[str]:
+    return [p for p, _ in model.named_modules() if p in paths]
 
 
 def write(form: Form, model: nn.Module, parts: list[Any], methods: list[Any]) -> tuple[dict[str, Any], Tensors]:
@@ -172,9 +198,12 @@ def write(form: Form, model: nn.Module, parts: list[Any], methods: list[Any]) ->
     if len(banks) > 1:
         raise CapabilityError(f"PEFT's {form.peft_type} shares {' and '.join(form.roots)} among all modules, and this adapter has several", fix=NATIVE)
     out: Tensors = {}
+    order = {path: i for i, path in enumerate(_in_order(model, {s.path for s in made}))}
     back = {ours: theirs for theirs, ours in form.names.items()}
     for s, one in made.items():
-        out |= {f"{s.path}.{back[k]}": v for k, v in form.leave(one).items() if k in back}
+        left = form.leave(one)
+        out |= {f"{s.path}.{back[k]}": v for k, v in left.items() if k in back}
+        out |= {f"{theirs}.{order[s.path]}": left[ours] for theirs, ours in form.numbered.items()}
     if banks:
         wide, tall = max(s.inp for s in made), max(s.out for s in made)
         whole = Made(model, methods[banks[0].term], replace(banks[0].site, inp=wide, out=tall), banks[0], dict(banks[0].state_dict()))
