@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +130,23 @@ def test_p_tuning(kind: str, encoder: str, tmp_path: Path) -> None:
     task = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}[kind]
     config = peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_reparameterization_type=encoder, encoder_hidden_size=8, task_type=task)
     both_ways(kind, config, vn.PTuning(4, encoder=encoder.lower(), before_cls=True), tmp_path)
+
+
+TURNED = ["adalora", "vera", "fourierft", "vblora", "randlora", "unilora", "tinylora", "gralora", "hira"]
+
+
+@pytest.mark.parametrize(("case", "kind"), [*((c, "gpt2") for c in TURNED), ("adalora", "convnext"), ("loha", "convnext")])
+def test_other_kinds_of_maps(case: str, kind: str, tmp_path: Path) -> None:
+    """Transposed maps and convolutions, where PEFT has them."""
+    config, at = CASES[case][0](), {"gpt2": "ffn.up", "convnext": "name:.*patch_embeddings"}[kind]
+    config.target_modules = {"c_fc" if kind == "gpt2" else "patch_embeddings"}
+    config.fan_in_fan_out = kind == "gpt2"
+    config.task_type = None
+    config.rank_pattern, config.n_frequency_pattern = {}, {}
+    method = dataclasses.replace(next(CASES[case][1]().terms()).method, at=at)
+    both_ways(kind, config, method, tmp_path)
+    if kind == "gpt2":
+        assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
 
 
 def test_adalora_with_triplets_gone(tmp_path: Path) -> None:

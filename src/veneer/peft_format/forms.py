@@ -59,22 +59,24 @@ from .table import Form
 
 RANK_ALPHA = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
+BOTH = ("linear", "transposed")  # torch's Linear, and transformers' Conv1D, which the other types do not take
+
 FORMS = (
     Form(
         "ADALORA", AdaLoRA, {"lora_A": "A", "lora_B": "B", "lora_E": "E"}, adalora, adalora_fields, enter=triplets, leave=adalora_out,
         reads="init_r r target_r lora_alpha lora_dropout deltaT beta1 beta2 orth_reg_weight total_step tinit tfinal rank_pattern",
-        fixed={"use_dora": False, "use_rslora": False},
+        fixed={"use_dora": False, "use_rslora": False}, kinds=("linear", "transposed", "conv"),
     ),
     Form(
         "VERA", VeRA, {"vera_lambda_d": "d", "vera_lambda_b": "b"},
         lambda p: {"r": p.whole("r", 256), "start": p.number("d_initial", 0.1), "dropout": p.number("vera_dropout", 0.0)},
         lambda m: {"r": m.method.r, "d_initial": m.method.start, "vera_dropout": m.method.dropout, "save_projection": True},
-        roots={"vera_A": "A", "vera_B": "B"}, reads="r d_initial vera_dropout save_projection projection_prng_key",
+        roots={"vera_A": "A", "vera_B": "B"}, reads="r d_initial vera_dropout save_projection projection_prng_key", kinds=BOTH,
     ),
     Form(
         "LOHA", LoHa, {"hada_w1_a": "B1", "hada_w1_b": "A1", "hada_w2_a": "B2", "hada_w2_b": "A2"}, rank_alpha,
         lambda m: {"r": m.method.r, "alpha": alpha_of(m.method, m.method.r)}, RANK_ALPHA,
-        reads="init_weights rank_dropout module_dropout use_effective_conv2d",
+        reads="init_weights rank_dropout module_dropout use_effective_conv2d", kinds=("linear", "conv"),
     ),
     Form(
         "LOKR", LoKr, {f"lokr_{n}": n for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
@@ -109,7 +111,7 @@ FORMS = (
         "FOURIERFT", FourierFT, {"fourierft_spectrum": "c"},
         lambda p: {"n": p.whole("n_frequency", 1000), "scale": p.number("scaling", 150.0), "seed": p.number("random_loc_seed", 777)},
         lambda m: {"n_frequency": m.method.n, "scaling": m.method.scale, "random_loc_seed": m.method.seed}, {"n_frequency": "n_frequency_pattern"},
-        reads="scaling random_loc_seed",
+        reads="scaling random_loc_seed", kinds=BOTH,
     ),
     Form(
         "VBLORA", VBLoRA, {"vblora_logits_A": "logits_A", "vblora_logits_B": "logits_B"},
@@ -121,14 +123,14 @@ FORMS = (
             "r": m.method.r, "num_vectors": m.method.vectors, "vector_length": m.method.length, "topk": m.method.k, "vblora_dropout": m.method.dropout
         },
         roots={"vblora_vector_bank": "v"}, reads="r num_vectors vector_length topk vblora_dropout init_vector_bank_bound init_logits_std",
-        fixed={"save_only_topk_weights": False},
+        fixed={"save_only_topk_weights": False}, kinds=BOTH,
     ),
     Form(
         "RANDLORA", RandLoRA, {"randlora_lambda": "lambdas", "randlora_gamma": "gammas", "randlora_A": "", "randlora_B": ""},
         lambda p: {"r": p.whole("r", 32), "alpha": p.number("randlora_alpha", 640), "dropout": p.number("randlora_dropout", 0.0)},
         lambda m: {"r": m.method.r, "randlora_alpha": alpha_of(m.method, 20 * m.method.r), "randlora_dropout": m.method.dropout, "save_projection": True},
         roots={"randlora_A": "A", "randlora_B": "B"}, reads="r randlora_alpha randlora_dropout save_projection projection_prng_key sparse very_sparse",
-        enter=lambda p: {k: v for k, v in p.tensors.items() if k},  # each module has the shared matrices once more
+        enter=lambda p: {k: v for k, v in p.tensors.items() if k}, kinds=BOTH,  # each module has the shared matrices once more
     ),
     Form(
         "C3A", C3A, {"c3a_kernel": "w"}, lambda p: {"block": p.whole("block_size", 256)}, lambda m: {"block_size": m.method.block},
@@ -153,20 +155,20 @@ FORMS = (
         lambda p: {"r": p.whole("r", 4), "length": p.whole("theta_d_length", 256), "dropout": p.number("unilora_dropout", 0.0)},
         lambda m: {"r": m.method.r, "theta_d_length": m.method.length, "unilora_dropout": m.method.dropout, "save_indices": True},
         roots={"unilora_theta_d": "theta"}, enter=dealt, leave=dealt_out, hint="save_indices=True",
-        reads="r theta_d_length unilora_dropout save_indices proj_seed init_theta_d_bound",
+        reads="r theta_d_length unilora_dropout save_indices proj_seed init_theta_d_bound", kinds=BOTH,
     ),
     Form(
         "TINYLORA", TinyLoRA, {f"tinylora_{n}": n for n in "ABP"},
         lambda p: {"r": p.whole("r", 2), "u": p.whole("u", 64), "dropout": p.number("tinylora_dropout", 0.0)},
         lambda m: {"r": m.method.r, "u": m.method.u, "tinylora_dropout": m.method.dropout, "weight_tying": 0.0, "save_projection": True},
         enter=lambda p: {k: p.tensors[k] for k in "ABPv"}, leave=tiny_out, numbered={"tinylora_v": "v"}, group=group,
-        reads="r u tinylora_dropout weight_tying save_projection projection_seed init_v_bound",
+        reads="r u tinylora_dropout weight_tying save_projection projection_seed init_v_bound", kinds=BOTH,
     ),
     Form(
         "GRALORA", GraLoRA, {"gralora_A": "A", "gralora_B": "B"},
         lambda p: {"r": p.whole("r", 32), "k": p.whole("gralora_k", 2), "alpha": p.number("alpha", 64)},
         lambda m: {"r": m.method.r, "gralora_k": m.method.k, "alpha": alpha_of(m.method, 2 * m.method.r)}, enter=granular_in, leave=granular_out,
-        reads="r gralora_k alpha gralora_dropout", fixed={"hybrid_r": 0},
+        reads="r gralora_k alpha gralora_dropout", fixed={"hybrid_r": 0}, kinds=BOTH,
     ),
     Form(
         "DELORA", DeLoRA, {"delora_A": "A", "delora_B": "B", "delora_lambda": "bound", "delora_w_norm": "norm"},
@@ -180,6 +182,6 @@ FORMS = (
     ),
     Form(
         "HIRA", HiRA, {"hira_A": "A", "hira_B": "B"}, lambda p: {"r": p.tensors["A"].shape[0]}, lambda m: {"r": m.method.r},
-        reads="r rank_pattern hira_dropout",  # PEFT writes the pattern, and does not heed it when it loads
+        reads="r rank_pattern hira_dropout", kinds=BOTH,  # PEFT writes the pattern, and does not heed it when it loads
     ),
 )  # fmt: skip

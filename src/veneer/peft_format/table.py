@@ -212,6 +212,8 @@ def write(form: Form, model: nn.Module, parts: list[Any], methods: list[Any]) ->
     for key, only in form.fixed.items():
         if fields.get(key, only) != only:
             raise CapabilityError(f"PEFT's {form.peft_type} has nothing like this but with {key}={only!r}; here it is {fields[key]!r}", fix=NATIVE)
+    if "transposed" in form.kinds:
+        fields["fan_in_fan_out"] = any(s.kind == "transposed" for s in made)
     targets = short_names(model, [s.path for s in made])
     return {"bias": "none", "target_modules": targets, **form.fixed, **fields, **form.overall(list(made.values()))}, out
 
