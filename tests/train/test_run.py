@@ -77,8 +77,8 @@ def test_of_two_processes_the_first_writes_the_folder(bases, tmp_path):
     ]  # fmt: skip
     ends = [p.communicate(timeout=300) for p in started]
     assert [p.returncode for p in started] == [0, 0], ends
-    (loss, wrote), (other, none) = (json.loads(said.splitlines()[-1]) for said, _ in ends)
-    assert wrote and not none and loss == other
+    (loss, wrote), (other, own) = (json.loads(said.splitlines()[-1]) for said, _ in ends)
+    assert wrote and not own and loss == other
     assert read_run(out)["result"]["metrics"]["loss"] == loss and (out / "report.html").exists() and weights(out)
 
 

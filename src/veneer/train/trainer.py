@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,10 @@ class AdapterRuns:
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
         assert folder is not None
-        save(self.model, folder, name=self.adapter_name)  # type: ignore[arg-type]
-        keep(self.model, self.adapter_name, folder)
+        # Trainer calls this in every process, since all must take part where tensors are sharded; one of them writes
+        with contextlib.nullcontext(folder) if self.args.should_save else tempfile.TemporaryDirectory() as own:
+            save(self.model, own, name=self.adapter_name)  # type: ignore[arg-type]
+            keep(self.model, self.adapter_name, own)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         fill_from(self.model if model is None else model, self.adapter_name, resume_from_checkpoint)
