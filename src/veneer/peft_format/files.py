@@ -46,7 +46,7 @@ class Codec:
 
 
 CODECS = (
-    Codec("LORA", "lora", ("bitfit",), lora.FIELDS, lora.read, lora.write, also=("dora",)),
+    Codec("LORA", "lora", ("bitfit",), lora.FIELDS, lora.read, lora.write, also=("dora", *lora.KIN)),
     Codec("IA3", "ia3", (), ia3.FIELDS, ia3.read, ia3.write),
     Codec("LN_TUNING", "full", (), whole.FIELDS, whole.read, whole.write),
     *(

@@ -18,6 +18,7 @@ from . import biases
 from .config import Draft, Source, check_start
 from .places import pattern, short_names, sites_at
 
+KIN = ("lora-xs", "moslora", "tied-lora", "loretta")
 FIELDS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "target_parameters")
 _KEY = re.compile(r"(?P<path>.+?)(?P<inner>(?:\.base_layer)*)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?")
 _LENGTHS = ".lora_magnitude_vector"
@@ -123,7 +124,7 @@ def _alpha(source: Source, path: str, tensor: str | None, rank: int) -> float:
 # -- writing ----------------------------------------------------------------------------------------------------------
 def write(model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields and tensors of a LORA file, for LoRA or DoRA parts and BitFit parts beside them. Several LoRAs on one map
-    become one of their summed rank."""
+    become one of their summed rank; LoRA's kin of which PEFT has no type give the A and B that they come to."""
     groups: dict[tuple[str, str], list[Any]] = {}
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
@@ -131,7 +132,7 @@ def write(model: Any, parts: list[Any], _: Any) -> tuple[dict[str, Any], dict[st
     parameters: dict[str, list[str]] = {}
     transposed = False
     bias = [p for p in parts if p.method_name == "bitfit"]
-    parts = [p for p in parts if p.method_name != "bitfit"]
+    parts = [p for p in parts if p.method_name != "bitfit" and p.acts]
     for p in parts:
         groups.setdefault((p.site.path, p.site.tensor), []).append(p)
     for (path, tensor), members in groups.items():
