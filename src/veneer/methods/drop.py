@@ -17,7 +17,8 @@ class Droppable(Part):
 
     def idle(self) -> bool:
         n = self.drawn if self.training and self.most else self.skip
-        return self.site.layer is not None and self.site.layer < n
+        # asked only where layers are left out at all: a compiler would otherwise make one graph a layer
+        return n > 0 and self.site.layer is not None and self.site.layer < n
 
 
 def ready(part: Droppable, skip: int, most: int) -> None:

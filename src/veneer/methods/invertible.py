@@ -38,6 +38,7 @@ class Invertible(Method):
     ports = ("hidden",)
     paper = "arXiv 2005.00052"
     default_at = "layer@0"
+    tied = False  # it acts on the embedding and, in reverse, before the tied head
 
     reduction: float = 2.0
     activation: str = "relu"
