@@ -15,8 +15,9 @@ from .code import code_names, own_class
 from .errors import CapabilityError
 
 if TYPE_CHECKING:
-    from .host import Host, Recipe
+    from .host import Host
     from .methods.parts import EmbedPart
+    from .recipe import Recipe
 
 CACHES = ("cache", "past_key_values", "cache_params")
 

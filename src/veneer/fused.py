@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .ops.lora import low_rank
 
 if TYPE_CHECKING:
-    from .host import Host, Recipe
+    from .host import Host
     from .methods.parts import Part
+    from .recipe import Recipe
 
 SHARED = ({"attn.q", "attn.k", "attn.v"}, {"cross.k", "cross.v"}, {"ffn.up", "ffn.gate"})
 

@@ -8,63 +8,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .compose.gate import shape_like
-from .errors import AdapterError
 from .ops.maps import place, take
-from .routing import Frame, Run, cut, folds, gate_of, select_rows, shared_by_rows, widen_rows, with_own_caches
+from .recipe import Cell, Recipe
+from .routing import Frame, Run, cut, folds, gate_of, shared_by_rows
+from .tensors import first_of, needs_call, run_tensors, with_now
 
 if TYPE_CHECKING:
     from .methods.parts import Part
-
-
-class Cell:
-    """Carries a block's input from where it enters to where the block's state leaves."""
-
-    __slots__ = ("x",)
-
-    def __init__(self) -> None:
-        self.x: Tensor | None = None
-
-
-class Tap(Cell):
-    """Carries what enters another module to a part that acts later in the same call, without a gradient."""
-
-    __slots__ = ("held",)
-
-    def __init__(self) -> None:
-        self.held: Tensor | None = None
-
-    @property
-    def x(self) -> Tensor | None:  # type: ignore[override]
-        return self.held
-
-    @x.setter
-    def x(self, value: Tensor | None) -> None:
-        self.held = None if value is None else value.detach()
-
-
-@dataclass
-class Recipe:
-    """The parts of the adapters in use that concern one host, sorted by what they do."""
-
-    captures: list[Cell] = field(default_factory=list)
-    inputs: list[Part] = field(default_factory=list)
-    outputs: list[list[Part]] = field(default_factory=list)
-    tensors: list[Part] = field(default_factory=list)
-    kv: list[Part] = field(default_factory=list)
-    embed: list[Part] = field(default_factory=list)
-    memory: list[Part] = field(default_factory=list)
-    bundle: Any = None  # fused.Bundle: runs the module and its first output stage in one operation
-    place: int = 0
-
-    def __bool__(self) -> bool:
-        return any((self.captures, self.inputs, self.outputs, self.tensors, self.kv, self.embed, self.memory))
 
 
 class State:
@@ -117,7 +73,7 @@ class Host:
         self._routed.clear()
         self.reading = any(p.acts == "tensor" for p in self.parts)
         self.recipe = self.make(self.state.active)
-        self.now = {tensor: [p for p in parts if p.adapter in self.state.active and not _needs_call(p)] for tensor, parts in self.owned.items()}
+        self.now = {tensor: [p for p in parts if p.adapter in self.state.active and not needs_call(p)] for tensor, parts in self.owned.items()}
 
     def make(self, names: tuple[str, ...], routed: bool = False) -> Recipe | None:
         r = Recipe()
@@ -134,7 +90,7 @@ class Host:
                 # a map's own parts before the parts of the block that it ends
                 stages.setdefault((part.site.port == "hidden", part.stage), []).append(part)
             elif part.acts == "tensor":
-                if routed or _needs_call(part):
+                if routed or needs_call(part):
                     r.tensors.append(part)
             else:
                 getattr(r, part.acts).append(part)
@@ -164,7 +120,7 @@ class Host:
             r = self._routed[routing.names]
         if r is None:
             if routing is not None and self.reading:
-                return self._with_now([], forward, args, kwargs)
+                return with_now(self, [], forward, args, kwargs)
             return forward(*args, **kwargs)
         return self.apply(r, forward, args, kwargs)
 
@@ -174,7 +130,7 @@ class Host:
             from .embed import run_embed
 
             return run_embed(self, r, forward, args, kwargs)
-        x = _first(args, kwargs)
+        x = first_of(args, kwargs)
         for cell in r.captures:
             cell.x = x
         if r.inputs:
@@ -185,11 +141,11 @@ class Host:
 
             def call(*a: Any, **k: Any) -> Any:
                 for cell in r.captures:
-                    cell.x = _first(a, k)
+                    cell.x = first_of(a, k)
                 return run_attention(self, r.kv, forward, a, k)
 
         if r.tensors or (frame.routing is not None and self.reading):
-            y = self._tensors(r.tensors, x, call, args, kwargs, frame)
+            y = run_tensors(self, r.tensors, x, call, args, kwargs, frame)
         else:
             y: Any = r.bundle.call(r.place, x) if r.bundle is not None else None
             fused = y is not None
@@ -204,7 +160,7 @@ class Host:
         return y
 
     def _inward(self, parts: list[Part], x: Tensor, frame: Frame) -> Tensor:
-        runs = self._runs(parts, x, frame)
+        runs = self.runs(parts, x, frame)
         if runs is not None:
             return self._joined(runs, parts, [], x, frame, lambda own, _, piece, f: self._inward(own, piece, f))
         total, seen, stage = x, x, 0
@@ -220,7 +176,7 @@ class Host:
             xs.append(x if part.cell is None else y if part.cell.x is None else part.cell.x)
             if part.cell is not None:
                 part.cell.x = None
-        runs = self._runs(parts, y, frame)
+        runs = self.runs(parts, y, frame)
         if runs is not None:
             return self._joined(runs, parts, xs, y, frame, self._summed)
         return self._summed(parts, xs, y, frame)
@@ -242,7 +198,7 @@ class Host:
             total = self._add(total, first, rule, xin, y, frame, first.site.slice if first.site.port == "weight" else None)
         return total
 
-    def _runs(self, parts: list[Part], y: Tensor, frame: Frame) -> tuple[Run, ...] | None:
+    def runs(self, parts: list[Part], y: Tensor, frame: Frame) -> tuple[Run, ...] | None:
         """The runs of rows to which `parts` make a difference, where y can be cut in them: more than one."""
         routing = frame.routing
         if routing is None or y.dim() <= self.batch_dim or y.shape[self.batch_dim] % routing.size:
@@ -276,7 +232,7 @@ class Host:
             if total.shape[dim] == 1 < n:
                 self.state.widened = part
             total, x, y = (t.expand(*t.shape[:dim], n, *t.shape[dim + 1 :]) if t.shape[dim] == 1 else t for t in (total, x, y))
-            rows = self._rows(part, n, total.device, frame)
+            rows = self.rows(part, n, total.device, frame)
             if rows is not None:
                 if rows.numel() == 0:
                     return total
@@ -287,13 +243,13 @@ class Host:
         d = rule(x, take(y, s, out_dim))
         if part.gate is not None and part.gate.joint is None:
             width_last = not (part.site.port == "weight" and part.map.out_dim == 1)
-            d = d * self._gate(part, y if part.reads_state else x, d, frame, mask, folds(total.shape[dim], frame), width_last)
+            d = d * self.gate(part, y if part.reads_state else x, d, frame, mask, folds(total.shape[dim], frame), width_last)
         if part.places is not None:
             d = d * self._shaped(part.places(d.shape[1 - dim], mask, prompt, frame.past, d), d)
         d = place(d, s, out_dim).to(total.dtype)
         return total + d if rows is None else total.index_add(dim, rows, d)
 
-    def _gate(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None, fold: int, width_last: bool = True) -> Tensor:
+    def gate(self, part: Part, x: Tensor, d: Tensor, frame: Frame, mask: Tensor | None, fold: int, width_last: bool = True) -> Tensor:
         """The gate of `part` for input x, shaped to multiply d."""
         g = gate_of(part, x if x.is_floating_point() else d, frame, mask, self.batch_dim, fold)
         return self._shaped(g, d, width_last)
@@ -320,115 +276,13 @@ class Host:
             total = total + (v - p)
         return total
 
-    def _with_now(self, now: list[Part], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The module's call with the tensor parts `now` in force, and no others of those that it reads."""
-        owners = {id(p.owner): p.owner for p in self.parts if p.acts == "tensor"}
-        owners.setdefault(id(self), self)
-        before = [(o, o.now) for o in owners.values()]
-        try:
-            for o in owners.values():
-                o.now = {}
-            for p in now:
-                p.owner.now.setdefault(p.site.tensor or "weight", []).append(p)
-            return forward(*args, **kwargs)
-        finally:
-            for o, b in before:
-                o.now = b
-
-    def _tensors(self, parts: list[Part], x: Tensor, forward: Callable[..., Any], args: Any, kwargs: Any, frame: Frame) -> Any:
-        """Parts whose gate or rows vary within the batch: y + g · (f(x; p') - f(x; p)), in their rows."""
-        routing = frame.routing
-        plain = [p for p in self.parts if p.acts == "tensor" and p.adapter in self.state.active and not _needs_call(p)]
-        plain = [] if routing is not None else plain
-        dim, n = self.batch_dim, x.shape[self.batch_dim]
-        if routing is not None and n == 1 < routing.size and parts:  # positions and the like come once for all rows
-            self.state.widened = parts[0]
-            n = routing.size
-            args, kwargs = widen_rows((args, kwargs), n, dim)
-            x = _first(args, kwargs)
-        groups: dict[Any, list[Part]] = {}
-        for part in parts:  # what does not vary within an adapter's rows goes through the module together
-            groups.setdefault((part.adapter, id(part) if _needs_call(part) else 0), []).append(part)
-        runs = self._runs(parts, x, frame)
-        if runs is not None and not frame.cached and not kwargs and all(a is x for a in args) and not any(map(_needs_call, parts)):
-            y = self._tensors_in_runs(runs, parts, x, forward, frame)
-            if y is not None:
-                return y
-        changed = []
-        for (adapter, varies), members in groups.items():
-            rows = self._rows(members[0], n, x.device, frame)
-            if rows is not None and rows.numel() == 0:
-                continue
-            a = with_own_caches((args, kwargs), frame)
-            # what runs a second time must not count twice in the running means of the gates within
-            own = replace(frame, memo=None if frame.memo is None else dict(frame.memo))
-            if rows is not None and routing is not None:
-                a = select_rows(a, n, dim, rows)
-                sub = routing.of(adapter)
-                mask, prompt = (routing.select(adapter, t) for t in (frame.mask, frame.prompt))
-                own = replace(own, routing=sub, mask=mask, prompt=prompt, batch=frame.batch * sub.size // routing.size)
-            a, k = a
-            now = plain + members
-            gate = members[0].gate if varies else None
-            if varies:
-                members[0].gate = None
-            try:
-                self.state.frame = own
-                out = self._with_now(now, forward, a, k)
-            finally:
-                self.state.frame = frame
-                if varies:
-                    members[0].gate = gate
-            xs = x.index_select(dim, rows) if rows is not None else x
-            changed.append((members[0], xs, out if isinstance(out, Tensor) else out[0], own.mask))
-        # the base comes last: what it leaves in a cache is what stays there
-        y = self._with_now([], forward, args, kwargs) if routing is not None else forward(*args, **kwargs)
-        first = y if isinstance(y, Tensor) else y[0]
-        total = first
-        for part, xs, out, mask in changed:
-            rows = self._rows(part, first.shape[dim], first.device, frame)
-            d = out - (first if rows is None else first.index_select(dim, rows))
-            if _needs_call(part):
-                g = self._gate(part, xs, d, frame, mask, folds(n, frame), width_last=part.gate.per != "token" or d.dim() <= 3)
-                d = d * g
-            total = total + d if rows is None else total.index_add(dim, rows, d.to(total.dtype))
-        return total if isinstance(y, Tensor) else type(y)((total, *y[1:]))
-
-    def _tensors_in_runs(self, runs: tuple[Run, ...], parts: list[Part], x: Tensor, forward: Callable[..., Any], frame: Frame) -> Tensor | None:
-        """f(x; p') run by run, joined; None where f does not give one tensor."""
-        routing, dim, n = frame.routing, self.batch_dim, x.shape[self.batch_dim]
-        assert routing is not None
-        out = []
-        try:
-            for run, piece in zip(runs, cut(x, runs, routing.size, n, dim), strict=True):
-                self.state.frame = routing.frame(frame, run)
-                y = self._with_now([p for p in parts if p.adapter in run.names], forward, (piece,), {})
-                if not isinstance(y, Tensor) or y.dim() <= dim or y.shape[dim] != piece.shape[dim]:
-                    return None
-                out.append(y)
-        finally:
-            self.state.frame = frame
-        return torch.cat(out, dim)
-
-    def _rows(self, part: Part, n: int, device: Any, frame: Frame) -> Tensor | None:
+    def rows(self, part: Part, n: int, device: Any, frame: Frame) -> Tensor | None:
         """The rows of a batch of n that use the part; None for all. Raises: CapabilityError where rows share a state."""
         if frame.routing is None:
             return None
         if n % frame.routing.size and frame.batch and frame.batch % frame.routing.size == 0:
             raise shared_by_rows(part)
         return frame.routing.rows(part.adapter, n, device)
-
-
-def _needs_call(part: Part) -> bool:
-    """Whether the part's gate varies within a batch, so that it cannot simply replace the tensor."""
-    return part.gate is not None and part.gate.per in ("example", "token")
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    for a in (*args, *kwargs.values()):
-        if isinstance(a, Tensor):
-            return a
-    raise AdapterError("an adapted module was called without a tensor")
 
 
 def _replace_first(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from .embed import signature_of
-from .host import Cell, Host, State, Tap
+from .host import Host, State
 from .methods.parts import module_at
+from .recipe import Cell, Tap
 from .shells import FrameMixin, HostMixin, LayerMixin, subclass
 from .sites import Site
 from .ties import Ties
