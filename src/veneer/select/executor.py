@@ -32,8 +32,8 @@ def ray(worker: Callable[[Any], Outcome], jobs: Sequence[Any]) -> Iterator[tuple
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("ray is not installed", where="executor", fix='pip install "veneer[ray]"')
-    import ray as cluster
-    from ray import tune
+    import ray as cluster  # pyright: ignore[reportMissingImports]
+    from ray import tune  # pyright: ignore[reportMissingImports]
 
     if not cluster.is_initialized():
         cluster.init(log_to_driver=False, include_dashboard=False)
