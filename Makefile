@@ -1,6 +1,6 @@
 # One word each. `make test` is what CI runs; `make check` is for every few minutes.
 PYTHON ?= python3
-PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
 .venv/ok: pyproject.toml constraints.txt
