@@ -75,7 +75,9 @@ def test_the_configuration_in_the_folder_repeats_the_run(finished, tmp_path):
 
 
 def test_trackers_get_the_log(finished):
-    assert [p for p in (finished / "checkpoints").rglob("events.out.tfevents.*") if p.stat().st_size > 500]
+    # the last evaluation opens a file of its own, which takes the place of the training's where both begin in one second
+    events = [p.read_bytes() for p in (finished / "checkpoints").rglob("events.out.tfevents.*")]
+    assert any(b"eval/loss" in e and b"eval/macro_f1" in e for e in events)
 
 
 @pytest.mark.parametrize(("name", "says"), [("tensorbord", "Did you mean 'tensorboard'"), ("swanlab", "swanlab is not ready.*pip install swanlab")])
