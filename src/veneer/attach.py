@@ -74,7 +74,7 @@ def attach(
     if plan.unresolved():
         state = state_of(model)
         plan, sources = written_out(plan, lambda n: state.adapters[known(state, n)])
-    parts = make_parts(model, plan, dtype, tokenizer, probe=probe)
+    parts = make_parts(model, plan, dtype, tokenizer, probe=probe, copied=[i for i, source in enumerate(sources) if source is not None])
     copy_numbers(parts, sources)
     return join(model, Record(name, plan, parts), activate)
 

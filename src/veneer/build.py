@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +23,17 @@ if TYPE_CHECKING:
 
 
 def make_parts(
-    model: nn.Module, plan: Plan, dtype: torch.dtype | None = None, tokenizer: Any = None, *, blank: bool = False, probe: Probe | None = None
-) -> list[Part]:
-    """The parts of `plan` for `model`, not yet installed; `blank` ones have shapes and no numbers. Changes nothing."""
+    model: nn.Module, plan: Plan, dtype: torch.dtype | None = None, tokenizer: Any = None, *, blank: bool = False,
+    probe: Probe | None = None, copied: Collection[int] = (),
+) -> list[Part]:  # fmt: skip
+    """The parts of `plan` for `model`, not yet installed; `blank` ones, and those of the terms `copied`, have shapes and no
+    numbers. Changes nothing."""
     found = resolve.sites(model)
     parts: list[Part] = []
     shared: dict[Any, Any] = {}
     gated: dict[int, tuple[Any, list[Part]]] = {}
     for i, term in enumerate(plan.terms()):
-        build = Build(model, gated=term.unscaled, dtype=dtype, tokenizer=tokenizer, blank=blank, probe=probe)
+        build = Build(model, gated=term.unscaled, dtype=dtype, tokenizer=tokenizer, blank=blank or i in copied, probe=probe)
 
         def sites(at: str | None, port: str, default: str, m: Method = term.method) -> list[Site]:
             why = "" if any(s.port == port for s in found) else resolve.why_not(model, port)
@@ -45,7 +49,7 @@ def make_parts(
                 part.term = i
                 part.tied = term.method.tied
                 if term.gate is not None and part.acts:
-                    part.gate = term.gate.make(site, part, entry_width(site, part, model), like(build, site), term.member, shared)
+                    part.gate = term.gate.make(site, part, entry_width(site, part, model), like(replace(build, blank=blank), site), term.member, shared)
                     part.published = term.gate.gate == "published" and part.acts == "kv"
                     gated.setdefault(id(term.gate), (term.gate, []))[1].append(part)
                 if term.held:

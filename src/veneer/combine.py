@@ -15,7 +15,8 @@ from .build import make_parts
 from .errors import AdapterError, CapabilityError, PlanError, did_you_mean
 from .methods import Full, LoRA
 from .methods.parts import MapPart, module_at
-from .plan import Plan, finite, short
+from .ops.maps import take
+from .plan import Plan, finite, short, whole
 from .settle import narrow
 from .sites import Site
 
@@ -65,7 +66,8 @@ def combine(
 
     All but 'linear' take what is linear in the weights, of any method, and give a LoRA (and vn.Full for tensors that are
     no maps, as norms and heads). Returns the handle with the rank and what the rank lost. Raises: AdapterError for unknown
-    names; CapabilityError for gates or methods that are not linear in the weights, and for 'linear' over different plans;
+    names; CapabilityError for gates, stacks, and methods that are not linear in the weights or change biases, and for
+    'linear' over different plans;
     PlanError for options out of range. Then nothing is attached.
     """
     state = state_of(model)
@@ -77,7 +79,7 @@ def combine(
         raise PlanError(f"combine: how is {short(how)}", fix=did_you_mean(str(how), HOW))
     if not finite(density) or not 0 < density <= 1:
         raise PlanError(f"combine: density must be over 0 and at most 1, not {short(density)}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    if rank is not None and not whole(rank):
         raise PlanError(f"combine: rank must be a whole number of at least 1, not {short(rank)}")
     check_name(name)
     check_free(model, name)
@@ -133,13 +135,14 @@ def _matrices(
     error, width = 0.0, 0
     for site, deltas in maps.items():
         if how == "cat":
-            if not all(hasattr(p, "factors") for _, _, p in deltas):
-                raise CapabilityError(f"{deltas[0][2].method_name} has no low-rank factors to put side by side", where=site.path, fix="Use how='svd'")
-            parts = [(w, p.factors(p.A)) for w, _, p in deltas]
+            parts = [(w, _factors(p)) for w, _, p in deltas]
+            without = next((p for (_, f), (_, _, p) in zip(parts, deltas, strict=True) if f is None), None)
+            if without is not None:
+                raise CapabilityError(f"{without.method_name} has no low-rank factors to put side by side", where=site.path, fix="Use how='svd'")
             low[site] = torch.cat([a for _, (a, _, _) in parts], -2), torch.cat([w * s * b for w, (_, b, s) in parts], -1)
         else:
             whole = _sum(deltas, how, density, generator)
-            r = rank or max((p.A.shape[-2] for _, _, p in deltas if hasattr(p, "factors")), default=0)
+            r = rank or max((f[0].shape[-2] for _, _, p in deltas if (f := _factors(p)) is not None), default=0)
             if not r:
                 raise PlanError(f"combine: {deltas[0][2].method_name} has no rank of its own", where=site.path, fix="Give one: rank=16")
             low[site], lost = _low_rank(whole, min(r, *whole.shape[-2:]))
@@ -167,7 +170,9 @@ def _matrices(
 
 
 def _linear(r: Record) -> None:
-    """Raise CapabilityError unless the adapter is linear in the weights."""
+    """Raise CapabilityError unless the adapter is a sum of what is linear in the weights."""
+    if r.plan.depth() > 1:
+        raise CapabilityError(f"{r.name!r} is a stack, whose later methods see what the earlier make, so it is no sum of matrices", fix="Use how='linear'")
     for term in r.plan.terms():
         if not term.method.mergeable or term.gate is not None:
             what = "a gate" if term.gate is not None else "not linear in the weights"
@@ -177,12 +182,20 @@ def _linear(r: Record) -> None:
 def _delta(model: nn.Module, p: Any) -> Tensor:
     """What the part adds to its tensor, in fp32: canonical for a map."""
     if isinstance(p, MapPart):
-        w = p.weight().float()
-        dw, db = p.fold(w, None)
+        bias = p.module._parameters.get("bias")
+        dw, db = p.fold(p.weight().float(), None if bias is None else take(bias.detach().float(), p.site.slice))
+        if db is not None and bool(db.any()):
+            raise CapabilityError(f"{p.method_name} changes a bias too, which no LoRA holds", where=p.site.path, fix="Use how='linear'")
         return dw.float()
     base = module_at(model, p.site.path)._parameters[p.site.tensor]
     assert base is not None
     return (p.value(base) - base).float()
+
+
+def _factors(p: Any) -> tuple[Tensor, Tensor, float] | None:
+    """A, B and s of ΔW = s · B A in fp32, where the part is of that form."""
+    factors = getattr(p, "factors", None)
+    return None if factors is None else factors(torch.empty(0))
 
 
 def _sum(deltas: list[tuple[float, Tensor, Any]], how: str, density: float, generator: torch.Generator) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import PlanError, did_you_mean
@@ -26,16 +26,17 @@ class Plan:
     """
 
     def __add__(self, other: Plan) -> Plan:
-        _check(other, "+")
+        check_plan(other, "+")
         return Sum((*_members(self, Sum), *_members(other, Sum)))
 
     def __rshift__(self, other: Plan) -> Plan:
-        _check(other, ">>")
+        check_plan(other, ">>")
         return Stack((*_members(self, Stack), *_members(other, Stack)))
 
     def leaves(self) -> Iterator[Method]:
         """The methods in it, in order."""
-        raise NotImplementedError
+        for p in self.inside():
+            yield from p.leaves()
 
     def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
         """The methods with the stage and the gate that each has; stages count from 0 and grow along `>>`."""
@@ -43,7 +44,7 @@ class Plan:
 
     def depth(self) -> int:
         """How many stages it has."""
-        return 1
+        return max((p.depth() for p in self.inside()), default=1)
 
     def inside(self) -> tuple[Plan, ...]:
         """The plans that it is made of; none for a method."""
@@ -70,11 +71,14 @@ class Plan:
         """The plan that `data` describes.
 
         `data` is a preset's name, a list (side by side), or a mapping with one of the keys `method` (and that method's
-        options), `sum`, `stack` (lists), or `gated` (a plan, and the options of `vn.gated`).
+        options), `sum`, `stack`, `mixture`, `fuse` (lists), `gated` or `frozen` (a plan); beside each, the options of the
+        function of that name.
 
         Raises: PlanError, for an unknown method, key or value, naming the nearest.
         """
-        return _parse(data, where)
+        from .reading import parse
+
+        return parse(data, where)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,11 @@ class Gate(Plan):
     settles: ClassVar[bool] = True
     takes_scale: ClassVar[bool] = False
 
+    def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
+        for i, p in enumerate(self.inside()):
+            for t in p.terms(stage, self):
+                yield replace(t, member=i)
+
     def dissolve(self, members: list[Plan]) -> Plan:
         return functools.reduce(operator.add, members)
 
@@ -128,16 +137,9 @@ class Sum(Plan):
 
     members: tuple[Plan, ...]
 
-    def leaves(self) -> Iterator[Method]:
-        for m in self.members:
-            yield from m.leaves()
-
     def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
         for m in self.members:
             yield from m.terms(stage, gate)
-
-    def depth(self) -> int:
-        return max(m.depth() for m in self.members)
 
     def inside(self) -> tuple[Plan, ...]:
         return self.members
@@ -159,10 +161,6 @@ class Stack(Plan):
     """Plans one after another: each sees the states as the ones before left them."""
 
     members: tuple[Plan, ...]
-
-    def leaves(self) -> Iterator[Method]:
-        for m in self.members:
-            yield from m.leaves()
 
     def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
         for m in self.members:
@@ -203,15 +201,6 @@ class Gated(Gate):
     gate: str = "deviation"
     bias: float = 0.0
     temperature: float = 1.0
-
-    def leaves(self) -> Iterator[Method]:
-        yield from self.plan.leaves()
-
-    def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
-        yield from self.plan.terms(stage, self)
-
-    def depth(self) -> int:
-        return self.plan.depth()
 
     def inside(self) -> tuple[Plan, ...]:
         return (self.plan,)
@@ -261,7 +250,7 @@ def gated(plan: Plan, *, per: str = "example", gate: str = "deviation", bias: fl
 
     Raises: PlanError, for an unknown `per` or `gate`, a temperature that is not positive, or gates within gates.
     """
-    _check(plan, "gated")
+    check_plan(plan, "gated")
     if per not in PER:
         raise PlanError(f"gated: per is {short(per)}", fix=did_you_mean(str(per), PER))
     if gate not in GATES:
@@ -271,14 +260,14 @@ def gated(plan: Plan, *, per: str = "example", gate: str = "deviation", bias: fl
             raise PlanError(f"gated: {key} must be a finite number, not {short(value)}")
     if temperature <= 0:
         raise PlanError(f"gated: temperature must be positive, not {temperature!r}")
-    if not plan.unresolved():
-        ungated(plan, "gated")
+    ungated(plan, "gated")
     return Gated(plan, per, gate, float(bias), float(temperature))
 
 
 def ungated(plan: Plan, who: str) -> None:
-    """Raise PlanError unless every method in `plan` can have a gate, and has none yet."""
-    for term in plan.terms():
+    """Raise PlanError unless every method in `plan` can have a gate, and has none yet. What `vn.use` stands for is known,
+    and so checked, when the plan is attached."""
+    for term in () if plan.unresolved() else plan.terms():
         if term.gate is not None:
             raise PlanError(f"{who}: a gate within a gate", fix="Gate the whole plan once: vn.gated(a + b)")
         if not term.method.gateable:
@@ -288,30 +277,17 @@ def ungated(plan: Plan, who: str) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Composer:
-    """How a plan that wraps others is written as data: {head: plan or list of plans, option: …}."""
-
-    make: Callable[..., Plan]
-    options: tuple[str, ...] = ()
-    many: bool = False  # takes a list of plans
-
-
-def _composers() -> dict[str, Composer]:
-    from .compose import COMPOSERS
-
-    return {"sum": Composer(lambda *p: functools.reduce(operator.add, p), many=True),
-            "stack": Composer(lambda *p: functools.reduce(operator.rshift, p), many=True),
-            "gated": Composer(gated, OPTIONS), **COMPOSERS}  # fmt: skip
-
-
 LARGEST = 1e30  # of a hyper-parameter: well within every dtype's range, far over any use
-DEEPEST = 32  # plans within plans
 
 
 def finite(value: Any) -> bool:
     """Whether `value` is a number that can be computed with; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+
+
+def whole(value: Any, least: int = 1, most: int = 1 << 40) -> bool:
+    """Whether `value` is a whole number from `least` to `most`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def short(value: Any) -> str:
@@ -323,62 +299,11 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-def _check(value: Any, who: str) -> None:
+def check_plan(value: Any, who: str, fix: str = "Make a method first, such as vn.LoRA(8)") -> None:
+    """Raise PlanError unless `value` is a plan."""
     if not isinstance(value, Plan):
-        raise PlanError(f"{who} takes plans, not {short(value)}", fix="Make a method first, such as vn.LoRA(8)")
+        raise PlanError(f"{who} takes plans, not {short(value)}", fix=fix)
 
 
 def _members(plan: Plan, kind: type) -> tuple[Plan, ...]:
     return plan.members if isinstance(plan, kind) else (plan,)  # type: ignore[attr-defined]
-
-
-def _parse(data: Any, where: str, depth: int = 0) -> Plan:
-    from .methods import find
-    from .presets import preset
-
-    if isinstance(data, Plan):
-        return data
-    if isinstance(data, str):
-        return preset(data, where)
-    if depth > DEEPEST:
-        raise PlanError(f"plans are nested more than {DEEPEST} deep", where=_head(where))
-    if isinstance(data, list):
-        data = {"sum": data}
-    if not isinstance(data, dict):
-        raise PlanError(f"a plan is a mapping, a list or a preset's name, not {short(data)}", where=where)
-    composers = _composers()
-    known = ("method", *composers)
-    heads = [k for k in known if k in data]
-    if len(heads) != 1:
-        keys = short(list(data))[1:-1] or "nothing"
-        unknown = next((k for k in data if k not in known), "")
-        fix = did_you_mean(str(unknown), known) if not heads else "A plan within a plan is a mapping of its own"
-        raise PlanError(f"a plan has exactly one of {', '.join(map(repr, known))}, not {keys}", where=where, fix=fix)
-    head, rest = heads[0], {k: v for k, v in data.items() if k != heads[0]}
-    if head == "method":
-        return find(data["method"], where).from_fields(rest, where)
-    c = composers[head]
-    for key in rest:
-        if key not in c.options:
-            fix = did_you_mean(str(key), c.options) if c.options else f"{head!r} stands alone"
-            raise PlanError(f"{head!r} has no option {short(key)}", where=where, fix=fix)
-    given = data[head]
-    if not c.many:
-        inside = _parse(given, f"{where}.{head}", depth + 1)
-        return _at(where, lambda: c.make(inside, **rest))
-    if not isinstance(given, list) or not given:
-        raise PlanError(f"{head!r} takes a list of plans, not {short(given)}", where=where)
-    plans = [_parse(m, f"{where}.{head}[{i}]", depth + 1) for i, m in enumerate(given)]
-    return _at(where, lambda: c.make(*plans, **rest))
-
-
-def _head(where: str) -> str:
-    return where if len(where) <= 80 else where[:79] + "…"
-
-
-def _at(where: str, make: Callable[[], Plan]) -> Plan:
-    """What `make` gives; its refusals say where in the data they arose."""
-    try:
-        return make()
-    except PlanError as e:
-        raise e if e.where else PlanError(e.what, where=where, fix=e.fix) from None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Routing:
-    """Which rows of a batch use which adapters: `groups` maps a name to its row numbers."""
+    """Which rows of a batch use which adapters: `by_row` has the names of each."""
 
     def __init__(self, rows: Iterable[tuple[str, ...]]) -> None:
         self.by_row = tuple(rows)

@@ -1,6 +1,6 @@
 """Composition: gates, mixtures, fusion, and trained adapters within new plans. Here: how each is written as data."""
 
-from ..plan import Composer
+from ..reading import Composer
 from .fusion import fuse
 from .held import frozen
 from .mixture import mixture

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..plan import Gate, Plan, Term, short, ungated
+from ..plan import Gate, Plan, check_plan, ungated
 from .gate import Gate as Scale
 from .mixture import place_of, same_sites
 
 if TYPE_CHECKING:
-    from ..methods.base import Method
     from ..methods.parts import Part
     from ..sites import Site
 
@@ -27,18 +25,6 @@ class Fusion(Gate):
 
     members: tuple[Plan, ...]
     settles = False
-
-    def leaves(self) -> Iterator[Method]:
-        for m in self.members:
-            yield from m.leaves()
-
-    def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
-        for i, m in enumerate(self.members):
-            for t in m.terms(stage, self):
-                yield replace(t, member=i)
-
-    def depth(self) -> int:
-        return max(m.depth() for m in self.members)
 
     def inside(self) -> tuple[Plan, ...]:
         return self.members
@@ -84,13 +70,11 @@ def fuse(*plans: Plan) -> Plan:
     vn.gates shows the attention. Parameters: 3 d² a site. Raises: PlanError.
     """
     for p in plans:
-        if not isinstance(p, Plan):
-            raise PlanError(f"fuse takes plans, not {short(p)}", fix="Name trained adapters: vn.fuse(vn.use('sst2'), vn.use('mnli'))")
+        check_plan(p, "fuse", "Name trained adapters: vn.fuse(vn.use('sst2'), vn.use('mnli'))")
     if len(plans) < 2:
         raise PlanError("fuse: there is one adapter", fix="Give several: vn.fuse(vn.use('sst2'), vn.use('mnli'))")
     for p in plans:
-        if not p.unresolved():
-            ungated(p, "fuse")
+        ungated(p, "fuse")
     return Fusion(tuple(plans))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
-from ..plan import Gate, Plan, Term, short
+from ..plan import Gate, Plan, Term, check_plan, short
 
 if TYPE_CHECKING:
     from ..methods.base import Method
@@ -19,15 +19,9 @@ class Frozen(Plan):
 
     plan: Plan
 
-    def leaves(self) -> Iterator[Method]:
-        yield from self.plan.leaves()
-
     def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
         for t in self.plan.terms(stage, gate):
             yield replace(t, held=True)
-
-    def depth(self) -> int:
-        return self.plan.depth()
 
     def inside(self) -> tuple[Plan, ...]:
         return (self.plan,)
@@ -46,8 +40,7 @@ class Frozen(Plan):
 
 def frozen(plan: Plan) -> Plan:
     """`plan`, saved with the adapter and not trained. Gates over it do train. Raises: PlanError for what is no plan."""
-    if not isinstance(plan, Plan):
-        raise PlanError(f"frozen takes a plan, not {short(plan)}", fix="Make a method first, such as vn.LoRA(8)")
+    check_plan(plan, "frozen")
     return Frozen(plan)
 
 
@@ -94,7 +87,7 @@ def use(name: str, *, train: bool = False) -> Plan:
 
     train  train the copy too; False (default): it is held
 
-    A gate that the adapter has must be a constant or settled first where it is put under another gate.
+    An adapter that has gates goes beside other plans, not under another gate.
     Raises: PlanError for a name that is none; AdapterError, on attaching, for one that is not attached.
     """
     if not isinstance(name, str) or not name:
@@ -126,19 +119,15 @@ def written_out(plan: Plan, find: Callable[[str], Any]) -> tuple[Plan, list[Any]
 
 
 def copy_numbers(parts: list[Any], sources: list[Any]) -> None:
-    """Give the parts of terms that have a source the numbers of its parts, gates included."""
-    import torch
-
-    with torch.no_grad():
-        for i, source in enumerate(sources):
-            if source is None:
-                continue
-            record, term = source
-            mine, theirs = ([p for p in ps if p.term == n] for ps, n in ((parts, i), (record.parts, term)))
-            for to, of in zip(mine, theirs, strict=True):
-                if hasattr(to, "unfold"):
-                    to.unfold(of.state_dict())
-                own = to.state_dict(keep_vars=True)
-                for key, value in of.state_dict(keep_vars=True).items():
-                    if key in own:
-                        own[key].copy_(value)
+    """Give the parts of terms that have a source, made blank, the numbers of its parts, gates included."""
+    for i, source in enumerate(sources):
+        if source is None:
+            continue
+        record, term = source
+        mine, theirs = ([p for p in ps if p.term == n] for ps, n in ((parts, i), (record.parts, term)))
+        for to, of in zip(mine, theirs, strict=True):
+            values = {key: value.clone() for key, value in of.state_dict().items()}
+            if hasattr(to, "unfold"):
+                to.unfold(values)
+            # a gate of the new plan is not among them
+            to.load_state_dict(values, strict=False, assign=True)

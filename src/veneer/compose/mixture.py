@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError, did_you_mean
-from ..plan import Gate, Plan, Term, finite, short, ungated
+from ..plan import Gate, Plan, check_plan, finite, short, ungated, whole
 from .gate import Gate as Scale
 
 if TYPE_CHECKING:
-    from ..methods.base import Method
     from ..methods.parts import Part
     from ..sites import Site
 
@@ -29,18 +27,6 @@ class Mixture(Gate):
     top_k: int | None = None
     per: str = "token"
     balance: float = 0.01
-
-    def leaves(self) -> Iterator[Method]:
-        for m in self.members:
-            yield from m.leaves()
-
-    def terms(self, stage: int = 0, gate: Gate | None = None) -> Iterator[Term]:
-        for i, m in enumerate(self.members):
-            for t in m.terms(stage, self):
-                yield replace(t, member=i)
-
-    def depth(self) -> int:
-        return max(m.depth() for m in self.members)
 
     def inside(self) -> tuple[Plan, ...]:
         return self.members
@@ -112,23 +98,21 @@ def mixture(*plans: Plan, experts: int | None = None, top_k: int | None = None, 
     Raises: PlanError for fewer than two experts, experts at different sites, or options out of range.
     """
     for p in plans:
-        if not isinstance(p, Plan):
-            raise PlanError(f"mixture takes plans, not {short(p)}", fix="Make methods first: vn.mixture(vn.LoRA(4), vn.LoRA(4))")
+        check_plan(p, "mixture", "Make methods first: vn.mixture(vn.LoRA(4), vn.LoRA(4))")
     if experts is not None:
-        if len(plans) != 1 or isinstance(experts, bool) or not isinstance(experts, int) or not 2 <= experts <= 1024:
+        if len(plans) != 1 or not whole(experts, 2, 1024):
             raise PlanError(f"mixture: experts={short(experts)} copies one plan, 2 times or more", fix="For example vn.mixture(vn.LoRA(4), experts=4)")
         plans = plans * experts
     if len(plans) < 2:
         raise PlanError("mixture: there is one expert", fix="Give several plans, or experts=4 with one")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(plans)):
+    if top_k is not None and not whole(top_k, 1, len(plans)):
         raise PlanError(f"mixture: top_k must be from 1 to {len(plans)}, not {short(top_k)}")
     if per not in PER:
         raise PlanError(f"mixture: per is {short(per)}", fix=did_you_mean(str(per), PER))
     if not finite(balance) or balance < 0:
         raise PlanError(f"mixture: balance must be a number of at least 0, not {short(balance)}")
     for p in plans:
-        if not p.unresolved():
-            ungated(p, "mixture")
+        ungated(p, "mixture")
     return Mixture(tuple(plans), top_k, per, float(balance))
 
 
@@ -138,6 +122,7 @@ class Router(nn.Module):
     def __init__(self, width: int, count: int, top_k: int | None, new: dict[str, Any]) -> None:
         super().__init__()
         self.top_k = top_k
+        self.uneven: Tensor | None = None  # the balance loss of the last call in training
         self.weight = nn.Parameter(torch.empty(count, width, **new).normal_(std=0.02))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +145,6 @@ class Routed(Scale):
         self.watch: Any = None
         self.adapter = ""
         self.router, self.member, self.balance = router, member, balance
-        self.uneven: Tensor | None = None
 
     def tokens(self, x: Tensor, mask: Tensor | None) -> Tensor:
         counted, p = self.router(x)
@@ -169,9 +153,9 @@ class Routed(Scale):
             first = nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype)
             n = real.sum().clamp(min=1)
             share, weight = ((t * real[..., None]).sum((0, 1)) / n for t in (first, p))
-            self.uneven = self.balance * p.shape[-1] * (share * weight).sum()
+            self.router.uneven = self.balance * p.shape[-1] * (share * weight).sum()
         return counted[..., self.member]
 
     def penalty(self) -> Tensor | None:
-        found, self.uneven = self.uneven, None
+        found, self.router.uneven = self.router.uneven, None  # once, however many parts an expert has here
         return found
