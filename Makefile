@@ -3,9 +3,13 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE ?= 1
 
-.venv/ok: pyproject.toml constraints.txt
+.venv/demo: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) torch -c constraints.txt
+	$(PIP) -c constraints.txt -e ".[demo]"
+	touch .venv/demo
+
+.venv/ok: .venv/demo
 	$(PIP) -c constraints.txt -e ".[demo,test]"
 	touch .venv/ok
 
@@ -27,7 +31,7 @@ docs: .venv/ok
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict -q
 	@echo "open site/index.html"
 
-demo: .venv/ok
+demo: .venv/demo
 	.venv/bin/veneer demo
 
 bench: .venv/ok

@@ -102,6 +102,15 @@ def test_other_linear_methods_become_low_rank():
     torch.testing.assert_close(look(model, inputs), one, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("plan", [vn.VeRA(4, at="linear"), vn.LoRA(2, init="pissa"), vn.LoRAXS(2)])
+def test_cat_takes_whatever_has_factors(plan):
+    model, inputs = fresh("bert")
+    shake(vn.attach(model, plan, name="a"))
+    one = look(model, inputs)
+    vn.combine(model, {"a": 1.0}, name="b", how="cat")
+    torch.testing.assert_close(look(model, inputs), one, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("plan", [vn.Bottleneck(3), vn.Prefix(2), vn.gated(vn.LoRA(2) + vn.Prefix(2)), vn.BitFit()])
 def test_linear_averages_any_method(plan, tmp_path):
     model, inputs = two(plan)
@@ -133,6 +142,19 @@ def test_refusals():
             vn.combine(model, ["a", "n"], name="c", how="svd")
         with refuses(vn.CapabilityError, "ia3 has no low-rank factors", "svd"):
             vn.combine(model, ["i"], name="c", how="cat")
+        vn.attach(model, vn.IA3(on="output", at="linear"), name="o", activate=False)
+        shake(vn.Adapter(model, "o"))
+        with refuses(vn.CapabilityError, "ia3 changes a bias too", "linear"):
+            vn.combine(model, ["o"], name="c", how="svd", rank=4)
+        vn.detach(model, "o")
+        vn.attach(model, vn.LoRA(2) >> vn.LoRA(2), name="s", activate=False)
+        with refuses(vn.CapabilityError, "'s' is a stack", "linear"):
+            vn.combine(model, ["s"], name="c", how="svd")
+        vn.detach(model, "s")
+        vn.attach(model, vn.DoRA(2), name="m", activate=False)
+        with refuses(vn.CapabilityError, "dora has no low-rank factors", "svd"):
+            vn.combine(model, ["a", "m"], name="c", how="cat")
+        vn.detach(model, "m")
         with refuses(vn.PlanError, "no rank of its own", "rank=16"):
             vn.combine(model, ["i"], name="c", how="ties")
         with refuses(vn.PlanError, "how is 'tie'", "ties"):

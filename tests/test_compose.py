@@ -98,6 +98,27 @@ def test_the_balance_loss_is_its_equation():
     assert float(vn.penalty(model.eval())) == 0
 
 
+def test_the_balance_counts_once_however_many_parts_an_expert_has():
+    losses = []
+    for expert in (vn.LoRA(2, at="name:0"), vn.LoRA(2, at="name:0") + vn.IA3(at="name:0", on="output")):
+        model, x = linear_model()
+        adapter = vn.attach(model, vn.mixture(expert, experts=2))
+        with torch.no_grad():
+            adapter.parts[0].gate.router.weight.copy_(torch.linspace(-1, 1, 12).reshape(2, 6))
+        model.train()(x)
+        losses.append(vn.penalty(model))
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("plan", [vn.LoRA(6, init="eva", at="linear"), vn.FisherMask(0.05, at="linear"), vn.Prefix(3, reparameterize=4)])
+def test_a_used_adapter_brings_its_numbers_and_needs_no_data(plan):
+    model, inputs = fresh("bert")
+    shake(vn.attach(model, plan, name="one", batches=[inputs], loss=lambda out: out.logits.square().mean()))
+    alone = look(model, inputs)
+    vn.attach(model, vn.use("one") + vn.Bottleneck(3), name="two")
+    assert torch.equal(look(model, inputs), alone)
+
+
 def test_fusion_is_its_equation():
     model, x = linear_model()
     adapter = vn.attach(model, vn.fuse(vn.LoRA(2, at="name:0"), vn.LoRA(1, at="name:0")))

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from .adapter import Record
+from .calls import call, device_of, evaluating, wait
 from .compose.gate import Gate
 from .errors import PlanError
-from .probe import call
 
 ROUNDS = 7  # timed calls with and without, by turns
 
@@ -55,39 +55,34 @@ def _numbers(value: Any, what: str) -> list[float]:
 def added(model: nn.Module, state: Any, record: Record, on: list[Any], means: dict[int, Any], batch: Any) -> float:
     """What the parts `on`, with constant gates, add to a call on `batch`, as a share of the call with no gated part."""
     gated = [p for p in record.parts if p.gate is not None]
-    old, active, training = [p.gate for p in gated], state.active, {m: m.training for m in model.modules()}
+    old, active = [p.gate for p in gated], state.active
     times: dict[bool, list[float]] = {True: [], False: []}
     try:
         state.active = (record.name,)
-        model.eval()
         for p in gated:
             p.gate = constant(p.gate, means[id(p)]["mean"])
-        for turn in range(2 * ROUNDS + 2):
-            full = bool(turn % 2)
-            off = [p for p in gated if not full or not any(p is q for q in on)]
-            seconds = _without(model, state, off, lambda: _timed(model, batch))
-            if turn > 1:  # the first of each warms up
-                times[full].append(seconds)
+        with evaluating(model):
+            for turn in range(2 * ROUNDS + 2):
+                full = bool(turn % 2)
+                off = [p for p in gated if not full or not any(p is q for q in on)]
+                seconds = _without(model, state, off, lambda: _timed(model, batch))
+                if turn > 1:  # the first of each warms up
+                    times[full].append(seconds)
     finally:
         for p, g in zip(gated, old, strict=True):
             p.gate = g
-        for m, t in training.items():
-            m.training = t
         state.active = active
         state.refresh()
     return max(0.0, statistics.median(times[True]) / statistics.median(times[False]) - 1)
 
 
 def _timed(model: nn.Module, batch: Any) -> float:
-    def wait() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
+    device = device_of(model)
     with torch.no_grad():
-        wait()
+        wait(device)
         begin = time.perf_counter()
         call(model, batch)
-        wait()
+        wait(device)
     return time.perf_counter() - begin
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import AdapterError, CapabilityError, did_you_mean
 from .host import State
-from .plan import Plan, short
+from .plan import Plan, short, whole
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def prompted(model: nn.Module, lengths: Sequence[int] | Tensor) -> Iterator[None
 
     state = state_of(model)
     given = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
-    if not given or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in given):
+    if not given or any(not whole(n) for n in given):
         raise AdapterError(f"lengths={short(given)}", fix="Give the number of the prompt's tokens for each row, as [12, 9]")
     before = state.frame
     state.frame = replace(before, prompt=torch.tensor(given))
@@ -221,7 +221,7 @@ def skip(model: nn.Module, layers: int, name: str | None = None) -> None:
     from .attach import state_of
 
     state = state_of(model)
-    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
+    if not whole(layers, 0):
         raise AdapterError(f"layers={short(layers)}", fix="Give how many of the lowest layers to leave out, as 5")
     for n in state.active if name is None else (known(state, name),):
         record = state.adapters[n]

@@ -135,10 +135,12 @@ def _matrices(
     error, width = 0.0, 0
     for site, deltas in maps.items():
         if how == "cat":
-            parts = [(w, _factors(p)) for w, _, p in deltas]
-            without = next((p for (_, f), (_, _, p) in zip(parts, deltas, strict=True) if f is None), None)
-            if without is not None:
-                raise CapabilityError(f"{without.method_name} has no low-rank factors to put side by side", where=site.path, fix="Use how='svd'")
+            parts = []
+            for w, _, p in deltas:
+                factors = _factors(p)
+                if factors is None:
+                    raise CapabilityError(f"{p.method_name} has no low-rank factors to put side by side", where=site.path, fix="Use how='svd'")
+                parts.append((w, factors))
             low[site] = torch.cat([a for _, (a, _, _) in parts], -2), torch.cat([w * s * b for w, (_, b, s) in parts], -1)
         else:
             whole = _sum(deltas, how, density, generator)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .adapter import known
 from .attach import state_of
+from .calls import call, evaluating
 from .errors import AdapterError, CapabilityError
-from .probe import call
 
 
 @dataclass
@@ -73,7 +73,6 @@ def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> 
     if not parts:
         raise CapabilityError(f"{names[0]!r} has no gates", fix="Attach a gated plan: vn.gated(...)")
     seen: dict[int, list[Tensor]] = {id(p): [] for p in parts}
-    training = {m: m.training for m in model.modules()}
     count = 0
     active, enabled, state.enabled = state.active, state.enabled, True
     try:
@@ -82,16 +81,13 @@ def gates(model: nn.Module, batches: Iterable[Any], name: str | None = None) -> 
             state.refresh()
         for p in parts:
             p.gate.watch = seen[id(p)].append
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in batches:
                 count += 1
                 call(model, batch)
     finally:
         for p in parts:
             p.gate.watch = None
-        for m, t in training.items():
-            m.training = t
         state.enabled = enabled
         if state.active != active:
             state.active = active

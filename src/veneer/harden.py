@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .attach import state_of
+from .calls import evaluating, moved
 from .code import own_class
 from .errors import AdapterError, CapabilityError, PlanError
 from .methods.parts import module_at
+from .plan import whole
 
 
 @dataclass
@@ -74,17 +76,12 @@ def harden(
     under 1; a start without tokens), CapabilityError (no token embedding, no batches, no loss).
     """
     for key, value in (("steps", steps), ("tries", tries), ("candidates", candidates)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not whole(value):
             raise PlanError(f"{key} must be a whole number of at least 1, not {value!r}")
     loss_of = loss or _own_loss
     search = Search(model, tokenizer, list(batches), slot_of(model, name), lambda batch: loss_of(model(**batch)))
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         return search.run([start], steps, tries, candidates)
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def slot_of(model: nn.Module, name: str | None) -> Any:
@@ -124,7 +121,7 @@ class Search:
         self.tokenizer, self.slot, self.loss_on = tokenizer, slot, loss_on
         self.table = table_of(model, slot)
         device = self.table.device
-        self.batches = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches]
+        self.batches = [moved(b, device) for b in batches]
         words = torch.ones(self.table.shape[0], dtype=torch.bool)
         words[[i for i in tokenizer.all_special_ids if i < len(words)]] = False
         words[len(tokenizer) :] = False  # rows that pad the table

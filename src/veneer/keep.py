@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import PlanError, did_you_mean
-from .plan import finite, short
+from .plan import finite, short, whole
 
 FORMS = "Give a number of groups, as 2, a share of the parameters, as 0.5, or a latency, as 'latency:+0%'"
 KEYS = ("parts", "share", "latency")
@@ -41,7 +41,7 @@ class Keep:
             if key not in KEYS:
                 raise PlanError(f"keep has no {short(key)}", fix=did_you_mean(str(key), KEYS) + f". {FORMS}")
         parts, share, latency = (keep.get(k) for k in KEYS)
-        if "parts" in keep and (isinstance(parts, bool) or not isinstance(parts, int) or not 0 < parts < 1 << 40):
+        if "parts" in keep and not whole(parts):
             raise PlanError(f"keep={short(parts)}", fix=FORMS)
         if "share" in keep and not (isinstance(share, (int, float)) and finite(share) and 0 < share <= 1):
             raise PlanError(f"keep={short(share)}", fix=FORMS)

@@ -9,26 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .calls import call, evaluating
 from .errors import CapabilityError
 
 if TYPE_CHECKING:
     from .sites import Site
 
 OVER = 8  # directions kept beyond those asked for, so that the last ones are right too
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model's answer to one batch: a dict of inputs, a tuple of positional ones, or the one input."""
-    device = next(model.parameters()).device
-    if isinstance(batch, (tuple, list)):
-        return model(*[_to(b, device) for b in batch])
-    if hasattr(batch, "items"):
-        return model(**{k: _to(v, device) for k, v in batch.items()})
-    return model(_to(batch, device))
-
-
-def _to(value: Any, device: Any) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def loss_of(output: Any) -> Tensor:
@@ -127,16 +114,13 @@ class Probe:
     def _base(self) -> Iterator[None]:
         """The model in evaluation mode, its adapters off."""
         state = self.model.__dict__.get("_veneer_state")
-        training = {m: m.training for m in self.model.modules()}
         before = None if state is None else state.enabled
         try:
             if state is not None:
                 state.enabled = False
-            self.model.eval()
-            yield
+            with evaluating(self.model):
+                yield
         finally:
-            for m, mode in training.items():
-                m.training = mode
             if state is not None:
                 state.enabled = before
 

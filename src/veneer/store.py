@@ -96,11 +96,7 @@ def tensors_of(model: nn.Module, record: Record, fold: bool) -> dict[str, Tensor
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
     for prefix, part in named_parts(record):
-        folded: dict[str, Tensor] = part.folded() if fold and hasattr(part, "folded") else {}
-        own = dict(part.state_dict(keep_vars=True))
-        if folded:
-            own = {**folded, **{k: v for k, v in own.items() if k.startswith("gate.")}}
-        for tensor, value in own.items():
+        for tensor, value in part.tensors(fold).items():
             if id(value) in seen:
                 continue
             seen.add(id(value))

@@ -18,7 +18,7 @@ from bases import example
 from veneer.train import fit
 from veneer.train.config import make_config
 from veneer.train.quantize import quantization
-from veneer.train.rates import DEFAULT, RATES, choose, rate_of
+from veneer.train.rates import choose, rate_of
 from veneer.train.run import read_run, run
 
 CLASSES = {"classify": tf.BertForSequenceClassification, "language_model": tf.LlamaForCausalLM, "embeddings": tf.BertModel}
@@ -240,10 +240,10 @@ def test_early_stopping_and_the_best_checkpoint(small, tmp_path):
 
 
 def test_rates_have_sources():
-    assert rate_of(vn.LoRA(8) + vn.Full(at="head")) == RATES["lora"][0] and rate_of(vn.Full(at="head")) == RATES["full"][0]
+    assert rate_of(vn.LoRA(8) + vn.Full(at="head")) == vn.LoRA.rate[0] and rate_of(vn.Full(at="head")) == vn.Full.rate[0]
     assert choose(vn.Prefix(3) + vn.Bottleneck(4))[1].startswith("bottleneck: UniPELT")
-    assert all(0 < rate < 1 and source for rate, source in (*RATES.values(), DEFAULT))
-    assert set(RATES) <= {m.name for m in vn.methods()}
+    assert all(0 < m.cls.rate[0] < 1 and m.cls.rate[1] for m in vn.methods())
+    assert vn.Prefix.rate[0] > vn.Full.rate[0] and rate_of(vn.Prefix(3) + vn.Full(at="head")) == vn.Prefix.rate[0]
 
 
 def test_a_quantiser_that_is_not_there_is_named(small, tmp_path, monkeypatch):

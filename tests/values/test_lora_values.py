@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +13,6 @@ from torch import Tensor
 import veneer as vn
 from helpers import build, fresh, look, loss, refuses, shake
 from veneer.ops.rounding import nf4, nf4_levels
-
-peft = pytest.importorskip("peft")
 
 LINEAR = {"bert": ["query", "value", "dense"], "llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_proj"]}
 AT = {"bert": r"name:.*\.(query|value|dense)", "llama": r"name:.*\.(q_proj|v_proj|down_proj)", "gpt2": r"name:.*\.c_proj"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +13,6 @@ import veneer as vn
 from helpers import build, fresh, grads, look, loss, refuses, shake
 from veneer.methods.base import Build
 from veneer.methods.loretta import LoRETTAPart, split
-
-peft = pytest.importorskip("peft")
 
 TARGETS = ["q_proj", "k_proj", "up_proj", "down_proj"]
 AT = r"name:.*\.(q_proj|k_proj|up_proj|down_proj)"

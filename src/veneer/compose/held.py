@@ -126,7 +126,7 @@ def copy_numbers(parts: list[Any], sources: list[Any]) -> None:
         record, term = source
         mine, theirs = ([p for p in ps if p.term == n] for ps, n in ((parts, i), (record.parts, term)))
         for to, of in zip(mine, theirs, strict=True):
-            values = {key: value.clone() for key, value in of.state_dict().items()}
+            values = {key: value.detach().clone() for key, value in of.tensors(fold=True).items()}
             if hasattr(to, "unfold"):
                 to.unfold(values)
             # a gate of the new plan is not among them

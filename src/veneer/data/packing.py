@@ -62,20 +62,17 @@ def check_packing(model: Any, plan: Any) -> None:
         if term.gate is not None and term.gate.per == "example":
             raise ConfigError("a gate for each example would mix the sequences of a row", where="packing", fix="packing=false, or gates per: token")
     from ..adapter import disabled
+    from ..calls import device_of, evaluating
 
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
+    device = device_of(model)
+    with evaluating(model), disabled(model):
         ids = torch.arange(5, 16, device=device)[None] % model.config.get_text_config().vocab_size
         place = torch.tensor([[*range(6), *range(5)]], device=device)
-        with disabled(model):
-            try:
-                packed = model(input_ids=ids, position_ids=place, use_cache=False).logits[:, 6:]
-            except TypeError:
-                raise ConfigError("this model takes no position_ids, so packed sequences would mix", where="packing", fix="packing=false") from None
-            alone = model(input_ids=ids[:, 6:], use_cache=False).logits
-    finally:
-        model.train(training)
+        try:
+            packed = model(input_ids=ids, position_ids=place, use_cache=False).logits[:, 6:]
+        except TypeError:
+            raise ConfigError("this model takes no position_ids, so packed sequences would mix", where="packing", fix="packing=false") from None
+        alone = model(input_ids=ids[:, 6:], use_cache=False).logits
     gap = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
     if gap > (1e-4 if alone.dtype == torch.float32 else 5e-2):
         raise ConfigError(f"this model mixes packed sequences: its logits change by {gap:.1%}", where="packing", fix="packing=false")

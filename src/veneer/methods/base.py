@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import CapabilityError, PlanError, did_you_mean
-from ..plan import Plan, finite, short
+from ..plan import Plan, finite, short, whole
 from ..sites import Site
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Method(Plan):
     gateable: ClassVar[bool] = True
     tied: ClassVar[bool] = True  # a tensor that several modules hold is changed once, for all of them
     needs_data: ClassVar[bool] = False  # vn.attach must be given batches
+    rate: ClassVar[tuple[float, str]] = (5e-4, "LoRA's, for a method without a rate of its own")  # with AdamW, and whence
+    leads: ClassVar[bool] = True  # whether its rate counts beside other methods'
     default_at: ClassVar[str] = ""
     kinds: ClassVar[tuple[str, ...]] = ()  # of maps that it can change (see Site); () is all
 
@@ -131,12 +133,12 @@ class Method(Plan):
 
     def _positive(self, **values: Any) -> None:
         for key, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 40:
+            if not whole(value):
                 raise self._fail(f"{key} must be a whole number of at least 1, and of some use, not {short(value)}")
 
     def _count(self, **values: Any) -> None:
         for key, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 40:
+            if not whole(value, 0):
                 raise self._fail(f"{key} must be a whole number of at least 0, not {short(value)}")
 
     def _finite(self, **values: Any) -> None:

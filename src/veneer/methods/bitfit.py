@@ -33,6 +33,7 @@ class BitFit(Method):
     paper = "arXiv 2106.10199"
     mergeable = True
     default_at = "all"
+    rate = (1e-3, "BitFit, 1e-4 to 1e-2 (Ben Zaken et al. 2022)")
 
     at: str | None = None
 

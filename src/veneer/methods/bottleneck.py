@@ -59,6 +59,7 @@ class Bottleneck(Method):
     ports = ("hidden",)
     paper = "arXiv 1902.00751, 2005.00247, 2110.04366, 2010.11918"
     default_at = "ffn"
+    rate = (5e-4, "UniPELT's for all submodules together, 5e-4; alone 1e-4 (Mao et al. 2022, A.1)")
 
     size: int | None = None
     reduction: float | None = None

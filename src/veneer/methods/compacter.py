@@ -42,6 +42,7 @@ class Compacter(Method):
     ports = ("hidden",)
     paper = "arXiv 2106.04647"
     default_at = "attn,ffn"
+    rate = (3e-3, "Compacter, 3e-3 (Mahabadi et al. 2021)")
 
     n: int = 4
     size: int | None = None

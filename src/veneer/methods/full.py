@@ -33,6 +33,8 @@ class Full(Method):
     paper = ""
     mergeable = True
     default_at = "head"
+    rate = (1e-3, "a fresh head on a frozen body, as linear probes take")
+    leads = False
 
     at: str | None = "head"
     tied: bool = True  # type: ignore[misc]

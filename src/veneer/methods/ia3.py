@@ -35,6 +35,7 @@ class IA3(Method):
     paper = "arXiv 2205.05638"
     mergeable = True
     default_at = "attn.{k,v},cross.{k,v},ffn.down"
+    rate = (3e-3, "T-Few, 3e-3 (Liu et al. 2022)")
 
     at: str | None = None
     on: str = "auto"

@@ -59,6 +59,7 @@ class LoRA(Method):
     paper = "arXiv 2106.09685"
     mergeable = True
     default_at = "attn.{q,v}"
+    rate = (5e-4, "UniPELT's for LoRA, 5e-4 (Mao et al. 2022, A.1); Hu et al. 2021, D take 2e-4 to 5e-4")
     starts: ClassVar[dict[str, Start]] = STARTS
 
     r: int = 8

@@ -45,6 +45,7 @@ class MultitaskPrompt(Method):
     paper = "arXiv 2303.02861"
     identity_at_init = False
     default_at = "embed"
+    rate = (1e-2, "as prompt tuning here; the paper takes 0.3 (Wang et al. 2023)")
 
     length: int = 10
     rank: int = 1

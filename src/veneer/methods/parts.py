@@ -84,6 +84,12 @@ class Part(nn.Module):
             if not key.startswith("gate."):
                 p.requires_grad_(False)
 
+    def tensors(self, fold: bool) -> dict[str, Tensor]:
+        """What is saved of this part, by name. With `fold`, what it folds away (a prefix's MLP) is replaced by its result."""
+        own = dict(self.state_dict(keep_vars=True))
+        folded: dict[str, Tensor] = self.folded() if fold and hasattr(self, "folded") else {}
+        return {**folded, **{k: v for k, v in own.items() if k.startswith("gate.")}} if folded else own
+
     def penalty(self) -> Tensor | None:
         """A term of the training loss, where the method has one: see vn.penalty."""
         return None

@@ -41,6 +41,7 @@ class Prefix(Method):
     paper = "arXiv 2101.00190"
     identity_at_init = False
     default_at = "attn"
+    rate = (5e-3, "P-tuning v2, 5e-3 to 1e-2 without an MLP (Liu et al. 2021)")
 
     length: int = 10
     reparameterize: int | None = None

@@ -42,6 +42,7 @@ class PromptTuning(Method):
     paper = "arXiv 2104.08691"
     identity_at_init = False
     default_at = "embed"
+    rate = (1e-2, "between P-tuning v2's and prompt tuning's 0.3 with Adafactor (Lester et al. 2021)")
 
     length: int | None = 10
     init: str = "random"

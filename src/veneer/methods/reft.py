@@ -38,6 +38,7 @@ class LoReFT(Method):
     ports = ("hidden",)
     paper = "arXiv 2404.03592"
     default_at = "layer"
+    rate = (9e-4, "LoReFT on commonsense reasoning, 9e-4 (Wu et al. 2024)")
 
     rank: int = 4
     positions: str = "all"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.maps import Map
+from ..plan import whole
 from ..sites import Site
 from .base import Build, Method
 from .parts import MapPart, Part, like
@@ -42,7 +43,7 @@ class TrainableTokens(Method):
     def __post_init__(self) -> None:
         self._bool(tied=self.tied)
         ids = self.tokens
-        if not isinstance(ids, (tuple, list)) or not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        if not isinstance(ids, (tuple, list)) or not ids or any(not whole(i, 0) for i in ids):
             raise self._fail("tokens is a list of ids", "For example tokens=(32000, 32001)")
         if len(set(ids)) != len(ids):
             raise self._fail("a token is named twice")

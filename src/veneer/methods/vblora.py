@@ -45,6 +45,7 @@ class VBLoRA(Method):
     mergeable = True
     identity_at_init = False
     default_at = "attn.{q,v}"
+    rate = (1e-2, "VB-LoRA's for its logits, 0.01; its bank gets a tenth (Li et al. 2024)")
     kinds = ("linear", "transposed", "tensor")
 
     r: int = 4

@@ -36,6 +36,7 @@ class VeRA(Method):
     paper = "arXiv 2310.11454"
     mergeable = True
     default_at = "attn.{q,v}"
+    rate = (4e-3, "VeRA, 4e-3 to 1e-2 on GLUE (Kopiczko et al. 2024)")
 
     r: int = 256
     start: float = 0.1

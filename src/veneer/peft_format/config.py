@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import StoreError, did_you_mean
 from ..methods.base import Method
+from ..plan import whole
 from ..sites import Site
 
 # Fields that change nothing once the weights are there: origin, initialisation, and settings of parts that are off by
@@ -79,7 +80,7 @@ class Source:
         return self.whole_of(key, self.config.get(key, default))
 
     def whole_of(self, key: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not whole(value):
             raise self.fail(f"{key} must be a whole number of at least 1, not {value!r}")
         return value
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
-from ..plan import finite, short
+from ..plan import finite, short, whole
 
 KEYS = ("params", "latency", "memory", "minutes", "trials")
 COUNTS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
@@ -107,6 +107,6 @@ def _minutes(value: Any, where: str) -> float:
 
 
 def _trials(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not whole(value):
         raise ConfigError(f"{short(value)} is no number of trials", where=where, fix="Write a whole number of at least 1, as 40")
     return value

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..calls import device_of, evaluating, moved
 from ..errors import ConfigError, DataError, did_you_mean
-from ..plan import short
-from .measure import device_of, evaluating, moved
+from ..plan import short, whole
 
 LONGEST = 512  # tokens of a text that is given as it is
 DRAWS = 100  # bootstrap draws of the evaluation examples
@@ -76,7 +76,7 @@ class Data:
         device = device_of(model)
         rows = sorted(rows, key=lambda i: _length(self.evaluation[i]))
         found, truth = [], []
-        with evaluating(model):
+        with evaluating(model), torch.inference_mode():
             for at in range(0, len(rows), size):
                 batch = moved(self.collate([self.evaluation[i] for i in rows[at : at + size]]), device)
                 out = model(**batch)
@@ -122,7 +122,7 @@ def make(data: Any, model: nn.Module, *, tokenizer: Any, collate: Any, metric: A
         train, held = [train[i] for i in sorted(order[cut:])], [train[i] for i in sorted(order[:cut])]
     _check(held, "evaluation")
     if examples is not None:
-        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        if not whole(examples):
             raise ConfigError(f"examples={short(examples)}", fix="Give the number of training examples, as 500")
         if examples > len(train):
             raise DataError(f"{examples} training examples are wanted and there are {len(train)}", fix=f"Ask for {len(train)} at most, or hold fewer out")

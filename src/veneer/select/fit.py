@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..attach import attach, detach
+from ..calls import device_of
 from ..errors import VeneerError
 from ..plan import Plan
 from . import measure
@@ -94,7 +95,7 @@ class Worker:
         # each example about once in a part of the training: more of them say more than the same ones again
         rows = self.data.rows(min(1.0, steps * self.batch_size / len(self.data.train)), "train", LEAST_ROWS)
         held = self.data.rows(job.share, "evaluation", LEAST_SCORED)
-        device = measure.device_of(self.model)
+        device = device_of(self.model)
         modes = {m: m.training for m in self.model.modules()}
         set_seed(self.seed)
         plan = Plan.from_dict(job.plan)

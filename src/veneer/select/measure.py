@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attach import attach, detach
 from ..build import make_parts
+from ..calls import device_of, evaluating, moved, wait
 from ..plan import Plan
 
 NAME = "candidate"
@@ -37,37 +36,10 @@ def merges(plan: Plan) -> bool:
     return all(t.method.mergeable and (t.gate is None or t.gate.per == "constant") for t in plan.terms())
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def moved(batch: Any, device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; every module's own mode comes back."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-
-
 def _block(model: nn.Module, batch: dict[str, Any], device: torch.device, seconds: float, most: int = 50) -> float:
     """Seconds of one call: the median over calls that take `seconds` together (3 at least)."""
     times: list[float] = []
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode():
         model(**batch)
         while len(times) < 3 or (sum(times) < seconds and len(times) < most):
             wait(device)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calls import device_of
 from ..errors import AdapterError, ConfigError, did_you_mean
 from ..methods import Full
-from ..plan import Plan, finite, short
+from ..plan import Plan, finite, short, whole
 from . import budget as budgets
 from . import choose, measure
 from .data import Data, make
@@ -183,7 +184,7 @@ def steps_of(data: Data, steps: Any, epochs: float, batch_size: int) -> int:
     """Steps of training in full."""
     if steps is None:
         return max(1, math.ceil(epochs * math.ceil(len(data.train) / batch_size)))
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not whole(steps):
         raise ConfigError(f"steps must be a whole number of at least 1, not {short(steps)}", where="steps")
     return steps
 
@@ -213,7 +214,7 @@ def describe(worker: Worker, space: Space, budget: budgets.Budget, sampler: str,
 
 
 def device_words(model: nn.Module) -> str:
-    device = measure.device_of(model)
+    device = device_of(model)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"

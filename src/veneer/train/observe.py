@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..calls import evaluating
 from ..files import write_whole
 from ..report.run import GATES, OBSERVED
 from .progress import memory, size
@@ -78,12 +79,8 @@ def samples(model: Any, tokenizer: Any, rows: Any) -> list[dict[str, str]]:
         begin.append({"input_ids": list(ids[:cut])})
         rest.append([y for y in labels or [] if y >= 0] if apart else list(ids[cut:]))
     batch = tokenizer.pad(begin, padding_side="left", return_tensors="pt").to(next(model.parameters()).device)
-    was = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         out = model.generate(**batch, max_new_tokens=LONGEST, do_sample=False)
-    finally:
-        model.train(was)
     width = 0 if apart else batch["input_ids"].shape[1]
 
     def read(ids: Any) -> str:

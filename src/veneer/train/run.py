@@ -23,7 +23,7 @@ from .observe import Seen, hardware, observe
 from .prepare import Prepared, load_model, prepare, tables
 from .progress import Progress
 from .rates import rate_of
-from .trackers import trackers
+from .trackers import trackers, until_evaluated
 
 __all__ = ["ADAPTER", "CHECKPOINTS", "PROCESSOR", "RUN", "Prepared", "Result", "load_model", "prepare", "read_run", "run", "tables"]
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
@@ -179,7 +179,7 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
     begin = time.perf_counter()
     args = arguments(p, output, batch, quiet)  # no process writes before each has looked at the folder
     first = args.process_index == 0
-    with full_disk(output), Progress(quiet=quiet) as bar:
+    with full_disk(output), Progress(quiet=quiet) as bar, until_evaluated() as defer:
         if first:
             write(output, described, p, None, vars(batch))
             p.tokenizer.save_pretrained(output / PROCESSOR)
@@ -195,6 +195,7 @@ def run(config: TrainConfig, *, callbacks: list[Any] | None = None, quiet: bool 
                     write(output, described, p, None, vars(batch))
                 trainer = make_trainer(p, output, batch, watching, quiet)
             last = last_checkpoint(output / CHECKPOINTS) if config.resume else None
+            defer(trainer)
             set_seed(config.seed)
             try:
                 with interrupt.listening():
