@@ -238,7 +238,7 @@ def test_doras_norm_is_that_of_the_dense_matrix() -> None:
             a, b = (t.detach() for t in p.pair())
             w = p.weight()
             dense = (w + p.scale * b @ a).norm(dim=-1)
-            torch.testing.assert_close(p.m.detach() / dense, p.growth(a, b).detach(), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(p.m.detach() / dense, p.gains(a, b).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_dora_takes_loras_options() -> None:
@@ -394,7 +394,7 @@ def test_starts_in_pefts_format_are_for_the_original_base(init: str, tmp_path: A
 
 def test_fused_products_take_every_low_rank_part_and_no_other() -> None:
     inputs = fresh("llama")[1]
-    for method, fused in ((vn.LoRA(4, init="pissa"), True), (vn.VeRA(4), True), (vn.DoRA(4), False), (vn.LoftQ(4), False)):
+    for method, fused in ((vn.LoRA(4, init="pissa"), True), (vn.VeRA(4), True), (vn.DoRA(4), True), (vn.LoftQ(4), False)):
         model = build("llama")
         adapter = shake(vn.attach(model, method))
         plain = look(model, inputs)

@@ -10,6 +10,6 @@ A file becomes an ordinary plan: from then on nothing remembers where it came fr
 
 from __future__ import annotations
 
-from .files import find, load_peft, save_peft
+from .files import about, load, owns, save_peft
 
-__all__ = ["find", "load_peft", "save_peft"]
+__all__ = ["about", "load", "owns", "save_peft"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import CapabilityError
 from ..methods import BitFit
-from ..methods.parts import module_at
+from ..methods.part import module_at
 from ..sites import Site
 from .config import Draft, Source
 from .places import pattern, sites_at

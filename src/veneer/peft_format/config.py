@@ -36,6 +36,15 @@ TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 
+# PEFT's task types, each with transformers' class that has such a head
+AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 # the modules that PEFT, told these tasks, wants to find in the file
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -53,6 +62,19 @@ def task_of(model: nn.Module, saved: Iterable[str]) -> str | None:
     needed = {f"{h}.{n}" for h in heads for n, _ in model.get_submodule(h).named_parameters() if "_veneer" not in n}
     return None if needed - set(saved) else task
 
+
+# types that are no deviation from a frozen base at chosen sites: why, and the way out
+UNREAD = {
+    "XLORA": (
+        "its router reads the last hidden state of a first run of the whole base, so every call is two, without a key/value cache; and the file holds"
+        " the router alone, whose LoRAs lie elsewhere",
+        "Load each LoRA, and train a router over them here: vn.mixture(vn.use('a'), vn.use('b'))",
+    ),
+    "SHADOW": (
+        "it runs a second transformer beside the base, with a key/value cache of its own, whose state goes from layer to layer along with the base's",
+        "Use it with PEFT; a small network beside the base, without gradients into it, is vn.Ladder",
+    ),
+}
 
 _NESTED = re.compile(r"[+*}][^()]*\)+[+*{]")
 
@@ -84,6 +106,13 @@ class Source:
             raise self.fail(f"{key} must be a whole number of at least 1, not {value!r}")
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """A field that is a whole number of at least 0."""
+        value = self.config.get(key, default)
+        if not whole(value, 0):
+            raise self.fail(f"{key} must be a whole number of at least 0, not {value!r}")
+        return value
+
     def number(self, key: str, default: float) -> float:
         """A finite number."""
         return self.finite(key, self.config.get(key, default))
@@ -93,8 +122,8 @@ class Source:
             raise self.fail(f"{key} must be a finite number, not {value!r}")
         return value
 
-    def flag(self, key: str) -> bool:
-        value = self.config.get(key)
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.config.get(key, default)
         if value is not None and not isinstance(value, bool):
             raise self.fail(f"{key} must be true or false, not {value!r}")
         return bool(value)

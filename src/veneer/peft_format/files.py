@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +16,18 @@ from .. import resolve
 from ..adapter import Adapter, Record
 from ..attach import attach, check_name, detach, state_of
 from ..errors import AdapterError, CapabilityError, StoreError, VeneerError, did_you_mean
+from ..formats import CONFIG
 from ..plan import Plan, Sum
 from ..store import read_json, read_tensors, write_folder, write_whole
 from ..ties import shared
-from . import forms, ia3, lora, soft, table, whole
-from .config import Draft, Source, check_fields, task_of
+from . import derived, forms, ia3, lily, lora, soft, table, whole
+from .config import AUTO, UNREAD, Draft, Source, check_fields, task_of
 
 if TYPE_CHECKING:
-    from ..methods.parts import Part
+    from ..methods.part import Part
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-INDICES = "_indices"  # whole numbers: places of a matrix
+WEIGHTS = "adapter_model.safetensors"
+WHOLE = ("_indices", "frod_s_size")  # whole numbers: places of a matrix, and sizes
 Written = tuple[dict[str, Any], dict[str, Tensor]]
 
 
@@ -53,29 +55,31 @@ CODECS = (
         Codec(name, p.make.name, (), own, p.read, p.write, "base_model.", dict.fromkeys(keys, ""))
         for name, p, own, keys in (
             ("PROMPT_TUNING", soft.PROMPT, (), (soft.KEY,)),
+            ("CPT", soft.CONTEXT, soft.CONTEXT_FIELDS, (soft.KEY,)),
             ("P_TUNING", soft.ENCODED, soft.ENCODER, (soft.KEY,)),
             ("MULTITASK_PROMPT_TUNING", soft.MULTITASK, soft.TASKS, (soft.KEY, *soft.FACTORS)),
         )
     ),
+    Codec("CARTRIDGE", "cartridge", (), ("num_frozen_tokens",), soft.read_cartridge, soft.write_cartridge, "base_model.", {soft.KEY: ""}),
     Codec("PREFIX_TUNING", "prefix", (), ("prefix_projection",), soft.read_prefix, soft.write_prefix, "base_model.", {soft.KEY: ""}),
-    *(Codec(f.peft_type, f.make.name, (), f.known(), partial(table.read, f), partial(table.write, f), roots=f.once(), also=f.also) for f in forms.FORMS),
+    *(
+        Codec(f.peft_type, f.make.name, (), f.known(), partial(table.read, f), partial(table.write, f), roots=f.once(), also=f.also)
+        for f in (*forms.FORMS, *derived.FORMS, lily.FORM)
+    ),
 )
 
 
-def find(path: Path, name: str | None) -> Path | None:
-    """The folder at or under `path` that holds PEFT files: the adapter 'default' at the root, others by their name."""
-    if (path / CONFIG).exists():
-        return path
-    if name is not None and (path / name / CONFIG).exists():
-        return path / name
-    below = sorted(p.parent for p in path.glob(f"*/{CONFIG}"))
-    if len(below) > 1:
-        raise StoreError(f"there are {len(below)} adapters here", where=str(path), fix="Name one: " + ", ".join(repr(p.name) for p in below))
-    return below[0] if below else None
+def owns(config: dict[str, Any]) -> bool:
+    return "peft_type" in config
+
+
+def about(folder: Path, config: dict[str, Any]) -> tuple[str, str, str]:
+    """The adapter's name (its folder's), its base, and transformers' class for its task."""
+    return "", str(config.get("base_model_name_or_path") or ""), AUTO.get(str(config.get("task_type")), "")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
-def load_peft(model: nn.Module, path: Path, name: str, *, activate: bool = True) -> Adapter:
+def load(model: nn.Module, path: Path, name: str, *, activate: bool = True) -> Adapter:
     """Attach the PEFT adapter in the folder `path` as `name`, of any of the types in CODECS, each with
     modules_to_save.
 
@@ -88,10 +92,11 @@ def load_peft(model: nn.Module, path: Path, name: str, *, activate: bool = True)
     check_name(name)
     where = str(path / CONFIG)
     config = read_json(path / CONFIG)
-    if not isinstance(config, dict):
-        raise StoreError("not an adapter's configuration", where=where)
     types = {c.peft_type: c for c in CODECS}
     codec = types.get(str(config.get("peft_type")))
+    if (kind := str(config.get("peft_type"))) in UNREAD:
+        why, way_out = UNREAD[kind]
+        raise StoreError(f"PEFT's {kind} cannot be read here: {why}", where=where, fix=way_out)
     if codec is None:
         raise StoreError(f"peft_type {config.get('peft_type')!r} cannot be read here", where=where, fix=did_you_mean(str(config.get("peft_type")), types))
     if not (path / WEIGHTS).exists() and (path / "adapter_model.bin").exists():
@@ -103,23 +108,36 @@ def load_peft(model: nn.Module, path: Path, name: str, *, activate: bool = True)
         own = next((key.removeprefix(prefix) for k, prefix in codec.roots.items() if f"{key}.".startswith(f"{prefix}{k}.")), None)
         if own is None and not key.startswith(codec.prefix):
             raise StoreError(f"a tensor {key!r} that is not of a {codec.peft_type} adapter", where=str(path / WEIGHTS))
-        if not value.is_floating_point() and INDICES not in key.rpartition(".")[2]:
+        if not value.is_floating_point() and not any(w in key for w in WHOLE):
             raise StoreError(f"{key!r} is {value.dtype}, not floating point", where=str(path / WEIGHTS))
         tensors[own or key.removeprefix(codec.prefix)] = value
     source = Source(model, resolve.sites(model), config, tensors, where)
-    try:
+    with unfit(source):
         drafts = _drafts(source, codec)
-        plan: Plan = drafts[0].method if len(drafts) == 1 else Sum(tuple(d.method for d in drafts))
-        adapter = attach(model, plan, name=name, activate=False)
+    plan: Plan = drafts[0].method if len(drafts) == 1 else Sum(tuple(d.method for d in drafts))
+    return join_drafts(source, plan, drafts, name, activate)
+
+
+@contextlib.contextmanager
+def unfit(source: Source) -> Iterator[None]:
+    """What is wrong with a plan or a site within the block is wrong with the file."""
+    try:
+        yield
     except (StoreError, AdapterError):  # the name is taken: no fault of the file
         raise
     except VeneerError as e:
-        raise StoreError(f"the adapter cannot be attached: {e.what}", where=where, fix=e.fix) from e
-    state = state_of(model)
+        raise source.fail(f"the adapter cannot be attached: {e.what}", e.fix) from e
+
+
+def join_drafts(source: Source, plan: Plan, drafts: list[Draft], name: str, activate: bool) -> Adapter:
+    """Attach `plan`, whose terms are the methods of `drafts` in their order, with the tensors of these."""
+    with unfit(source):
+        adapter = attach(source.model, plan, name=name, activate=False)
+    state = state_of(source.model)
     try:
         _fill(source, state.adapters[name].parts, drafts)
     except BaseException:
-        detach(model, name)
+        detach(source.model, name)
         raise
     if activate:
         state.active = (name,)
@@ -161,6 +179,8 @@ def _fill(source: Source, parts: list[Part], drafts: list[Draft]) -> None:
                 own.copy_(given[key])
             if flaw := part.flaw():
                 raise source.fail(f"{part.site.path!r}: {flaw}", "The file is damaged; take another copy")
+        for part in parts:
+            part.derive()
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

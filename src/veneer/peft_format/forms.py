@@ -6,17 +6,20 @@ from ..methods import (
     BEFT,
     BOFT,
     C3A,
+    DEFT,
     HRA,
     OFT,
     AdaLoRA,
     DeLoRA,
     FourierFT,
+    GLoRA,
     GraLoRA,
     HiRA,
     LlamaAdapter,
     LoHa,
     LoKr,
     MiSS,
+    PEANuT,
     RandLoRA,
     RandomMask,
     RoAd,
@@ -26,15 +29,20 @@ from ..methods import (
     VBLoRA,
     VeRA,
 )
+from .further import FURTHER
 from .layouts import (
     adalora,
     adalora_fields,
     adalora_out,
+    adalora_ranks,
     alpha_of,
     boft_in,
     boft_out,
     dealt,
     dealt_out,
+    glora_fields,
+    glora_in,
+    glora_out,
     granular_in,
     granular_out,
     group,
@@ -59,6 +67,13 @@ from .table import Form
 
 RANK_ALPHA = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
+GLORA = (("ab", "config_A_B", "lora"), ("c", "config_C", "lora"), ("de", "config_D_E", "constant"))
+PATHS = {k: k for k in ("lora", "vector", "constant", "none")}
+
+SIDES = (("encoders", "E"), ("decoders", "D"))  # of PEANuT
+ACTS_OUT = {n: n for n in ("relu", "gelu", "swish", "silu", "tanh", "sigmoid")} | {"leakyrelu": "leaky_relu", "identity": "linear"}
+ACTS = {theirs: ours for ours, theirs in ACTS_OUT.items()}
+
 BOTH = ("linear", "transposed")  # torch's Linear, and transformers' Conv1D, which the other types do not take
 
 FORMS = (
@@ -66,6 +81,7 @@ FORMS = (
         "ADALORA", AdaLoRA, {"lora_A": "A", "lora_B": "B", "lora_E": "E"}, adalora, adalora_fields, enter=triplets, leave=adalora_out,
         reads="init_r r target_r lora_alpha lora_dropout deltaT beta1 beta2 orth_reg_weight total_step tinit tfinal rank_pattern",
         fixed={"use_dora": False, "use_rslora": False}, kinds=("linear", "transposed", "conv"),
+        overall=adalora_ranks,
     ),
     Form(
         "VERA", VeRA, {"vera_lambda_d": "d", "vera_lambda_b": "b"},
@@ -181,7 +197,30 @@ FORMS = (
         reads="adapter_len adapter_layers", port="kv",
     ),
     Form(
+        "PEANUT", PEANuT, {"peanut_A.weight": "A", "peanut_B.weight": "B", **{f"peanut_{k}.{i}.weight": f"{n}.{i}" for k, n in SIDES for i in range(64)}},
+        lambda p: {
+            "r": p.whole("r", 32), "layers": p.source.count("depth", 0), "scale": p.number("scaling", 1.0), "activation": p.one_of("act_fn", "relu", ACTS)
+        },
+        lambda m: {"r": m.method.r, "depth": m.method.layers, "scaling": m.method.scale, "act_fn": ACTS_OUT[m.method.activation]},
+        reads="r depth scaling act_fn",
+    ),
+    Form(
+        "DEFT", DEFT, {"deft_P": "P", "deft_R": "R"},
+        lambda p: {
+            "r": p.tensors["P"].shape[1], "projection": p.one_of("decomposition_method", "relu", {k: k for k in ("relu", "qr")}),
+            "alpha": p.number("alpha", 0) or None if p.source.config.get("alpha") is not None else None, "inject": not p.source.flag("para"),
+        },
+        lambda m: {"r": m.method.r, "decomposition_method": m.method.projection, "alpha": m.method.alpha, "para": not m.method.inject},
+        reads="r decomposition_method alpha para init_scale deft_dropout", kinds=BOTH,
+    ),
+    Form(
+        "GLORA", GLoRA, {f"glora_{n}.{e}": f"{n}{ours}" for n in "ABCDE" for e, ours in (("Xd", "_d"), ("Xu", "_u"), ("X", ""), ("zeros", "_0"))},
+        lambda p: {"r": p.whole("r", 8), **{ours: p.one_of(theirs, first, PATHS) for ours, theirs, first in GLORA}}, glora_fields,
+        enter=glora_in, leave=glora_out, reads="r config_A_B config_C config_D_E",
+    ),
+    Form(
         "HIRA", HiRA, {"hira_A": "A", "hira_B": "B"}, lambda p: {"r": p.tensors["A"].shape[0]}, lambda m: {"r": m.method.r},
         reads="r rank_pattern hira_dropout", kinds=BOTH,  # PEFT writes the pattern, and does not heed it when it loads
     ),
+    *FURTHER,
 )  # fmt: skip

@@ -40,23 +40,49 @@ def triplets(p: Place) -> Tensors:
 
 
 def adalora_out(m: Made) -> Tensors:
-    r, alpha = m.part.E.shape[0], alpha_of(m.method, m.method.r) or m.method.r  # PEFT takes an alpha of 0 for r
-    return {**m.tensors, "E": (m.tensors["E"] * (m.part.scale * (r + 1e-5) / alpha)).unsqueeze(1)}
+    """The triplets that are kept, with the scale in E."""
+    kept = m.tensors["kept"]
+    return {"A": m.tensors["A"][kept], "B": m.tensors["B"][:, kept], "E": (m.tensors["E"] * m.part.scale)[kept].unsqueeze(1)}
 
 
 def adalora_fields(m: Made) -> dict[str, Any]:
     a, steps = m.method, 1000  # PEFT counts steps, and we shares of a run: those of one with this many
     return {
-        "init_r": a.r, "r": a.r, "target_r": a.target, "lora_alpha": alpha_of(a, a.r) or a.r, "lora_dropout": a.dropout, "deltaT": a.every, "beta1": a.beta1,
-        "beta2": a.beta2, "orth_reg_weight": a.orthogonal, "total_step": steps, "tinit": int(a.warmup * steps), "tfinal": int(a.final * steps),
+        "lora_dropout": a.dropout, "deltaT": a.every, "beta1": a.beta1, "beta2": a.beta2, "orth_reg_weight": a.orthogonal, "total_step": steps,
+        "tinit": int(a.warmup * steps), "tfinal": int(a.final * steps),
+    }  # fmt: skip
+
+
+def adalora_ranks(made: list[Made]) -> dict[str, Any]:
+    """The rank before anything was pruned, the alpha with which PEFT's scale is 1, and which triplets each module keeps."""
+    first, kept = max(m.part.E.shape[0] for m in made), {m.site.path: m.tensors["kept"].tolist() for m in made}
+    pruned = {f"{path}.lora_E": k + [False] * (first - len(k)) for path, k in kept.items()}
+    target = max(1, round(sum(map(sum, kept.values())) / len(kept))) if any(sum(k) < first for k in kept.values()) else min(m.method.target for m in made)
+    return {
+        "init_r": first, "r": first, "target_r": target, "lora_alpha": first + 1e-5,
+        "rank_pattern": pruned if any(sum(k) < first for k in pruned.values()) else None,
     }  # fmt: skip
 
 
 # -- rotations ----------------------------------------------------------------------------------------------------------
+def series(source: Source) -> int:
+    """Terms of the inverse's series. PEFT's three are four: it never leaves the cube out."""
+    terms = source.whole("num_cayley_neumann_terms", 5)
+    if terms < 3:
+        raise source.fail(f"num_cayley_neumann_terms={terms} leaves no rotation", "Merge it with PEFT")
+    return max(4, terms)
+
+
+def series_out(terms: int | None) -> int:
+    if terms == 3:
+        raise CapabilityError("PEFT's series of a rotation has four terms and more, and this one three", fix=NATIVE)
+    return terms or 5
+
+
 def oft(p: Place) -> dict[str, Any]:
     block = (1 + math.isqrt(1 + 8 * p.tensors["Q"].shape[1])) // 2
-    series = p.whole("num_cayley_neumann_terms", 5) if p.source.flag("use_cayley_neumann") else None
-    return {"block": block, "shared": p.source.flag("block_share"), "series": series, "constrain": p.number("eps", 6e-5) if p.source.flag("coft") else None}
+    terms = series(p.source) if p.source.flag("use_cayley_neumann") else None
+    return {"block": block, "shared": p.source.flag("block_share"), "series": terms, "constrain": p.number("eps", 6e-5) if p.source.flag("coft") else None}
 
 
 def oft_in(p: Place) -> Tensors:
@@ -67,8 +93,8 @@ def oft_in(p: Place) -> Tensors:
 def oft_fields(m: Made) -> dict[str, Any]:
     o = m.method
     return {
-        "r": 0, "oft_block_size": o.block, "block_share": o.shared, "use_cayley_neumann": o.series is not None, "num_cayley_neumann_terms": o.series or 5,
-        "coft": o.constrain is not None, "eps": 6e-5 if o.constrain is None else o.constrain,
+        "r": 0, "oft_block_size": o.block, "block_share": o.shared, "use_cayley_neumann": o.series is not None,
+        "num_cayley_neumann_terms": series_out(o.series), "coft": o.constrain is not None, "eps": 6e-5 if o.constrain is None else o.constrain,
     }  # fmt: skip
 
 
@@ -133,9 +159,35 @@ def granular_out(m: Made) -> Tensors:
     return {"A": m.tensors["A"].permute(0, 3, 1, 2).flatten(2), "B": m.tensors["B"].flatten(1, 2)}
 
 
-def group(i: int, n: int, source: Source) -> int:
+def glora_paths(site: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the zeros that PEFT keeps for a path that is not there."""
+    return {"A": (site.out, site.inp), "B": (site.out, site.inp), "C": (site.inp, 1), "D": (site.out,), "E": (site.out,)}
+
+
+def glora_in(p: Place) -> Tensors:
+    """Vectors as vectors, and nothing for zeros."""
+    for name, shape in glora_paths(p.site).items():
+        own = {k: v for k, v in p.tensors.items() if k.startswith(name)}
+        if not own or any(k.endswith("_0") and (v.shape != shape or bool(v.any())) for k, v in own.items()):
+            raise KeyError(name)
+    return {k: v if k[1:] else v.flatten() for k, v in p.tensors.items() if not k.endswith("_0")}
+
+
+def glora_out(m: Made) -> Tensors:
+    t, o = m.tensors, m.method
+    out = {k: v.unsqueeze(1) if k == "C" or k in "AB" and o.ab == "vector" else v for k, v in t.items()}
+    new = next(iter(t.values())).new_zeros
+    return out | {f"{n}_0": new(shape) for n, shape in glora_paths(m.site).items() if n not in t and f"{n}_d" not in t}
+
+
+def glora_fields(m: Made) -> dict[str, Any]:
+    return {"r": m.method.r, "config_A_B": m.method.ab, "config_C": m.method.c, "config_D_E": m.method.de}
+
+
+def group(i: int, order: list[str], source: Source | None) -> int:
     """PEFT's: the modules are cut into as many runs as weight_tying leaves."""
-    groups = max(1, round(n * (1 - source.number("weight_tying", 0.0))))
+    n = len(order)
+    groups = max(1, round(n * (1 - source.number("weight_tying", 0.0)))) if source is not None else n
     return min(i // max(1, n // groups), groups - 1)
 
 

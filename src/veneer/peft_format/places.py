@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..errors import StoreError, did_you_mean
-from ..methods.parts import module_at
+from ..methods.part import module_at
 from ..patterns import select
 from ..sites import Site
 from .config import Source

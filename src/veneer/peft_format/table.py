@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import CapabilityError
+from ..errors import CapabilityError, VeneerError
 from ..methods.base import Method
-from ..methods.parts import module_at
+from ..methods.part import module_at
 from ..sites import Site
 from .config import Draft, Source
 from .places import pattern, short_names, sites_at
@@ -93,8 +94,10 @@ class Form:
     overall   fields that follow from all modules together
     also      other methods of ours that it can hold
     numbered  like roots, one tensor for each module, numbered in the model's order; or for each of the groups that
-              `group` (the number of the module, of how many, the file) gives
+              `group` (the number of the module, the modules' paths, the file that is read) names
     hint      the option to save with, where a tensor is missing
+    ready     what is done with a file once its tensors are sorted by module, before the first is read
+    gather    what is done with all modules' tensors, in place, before the first is written
     reads_base whether tensors of the base go into what is stored
     """
 
@@ -114,9 +117,11 @@ class Form:
     port: str = "weight"
     kinds: tuple[str, ...] = ("linear",)
     numbered: dict[str, str] = field(default_factory=dict)
-    group: Callable[[int, int, Source], int] = lambda i, *_: i
+    group: Callable[[int, list[str], Source | None], Any] = lambda i, *_: i
     hint: str = "save_projection=True"
     reads_base: bool = False
+    ready: Callable[[Source, dict[str, Tensors]], None] = lambda *_: None
+    gather: Callable[[list[Made]], None] = lambda _: None
 
     def known(self) -> set[str]:
         return {*self.reads.split(), *self.fixed, *self.patterns, *self.patterns.values(), "bias", "fan_in_fan_out"}
@@ -141,6 +146,7 @@ def read(form: Form, source: Source) -> list[Draft]:
     if missing and found or form.roots and not found:
         raise source.fail(f"the tensor {[*missing, *form.names][0]!r} is not in the file", f"Save it with PEFT again, with {form.hint}")
     _numbered(form, source, found)
+    form.ready(source, found)
     roots = {ours: source.tensors.pop(theirs) for theirs, ours in form.roots.items() if theirs in source.tensors}
     drafts: dict[tuple[Any, ...], dict[Site, Tensors]] = {}
     for path, tensors in found.items():
@@ -149,8 +155,12 @@ def read(form: Form, source: Source) -> list[Draft]:
             what = "a whole fused projection" if len(sites) > 1 else f"a map of kind {sites[0].kind!r}"
             raise source.fail(f"{path!r} is {what}, which {form.make.name} cannot take from {form.peft_type}", "Merge it with PEFT")
         at = Place(source, path, sites[0], tensors, roots, form.patterns)
+        if form.reads_base and any(t.is_meta for t in at.module.parameters(recurse=False)):
+            raise source.fail(f"{form.peft_type} is read with the base's numbers, and {path!r} has none here", "Load on a base with its weights")
         try:
             options, values = form.options(at), form.enter(at)
+        except VeneerError:
+            raise
         except (KeyError, RuntimeError, IndexError, ValueError) as e:  # a tensor is missing, or of another shape
             shapes = {k: list(v.shape) for k, v in tensors.items()}
             raise source.fail(f"the tensors at {path!r} do not fit it: {shapes}", "The adapter is for another base, or the file is damaged") from e
@@ -164,9 +174,11 @@ def _numbered(form: Form, source: Source, found: dict[str, Tensors]) -> None:
     for theirs, ours in form.numbered.items():
         loose = {k: source.tensors.pop(k) for k in list(source.tensors) if k.startswith(theirs + ".")}
         for i, path in enumerate(order):
-            key = f"{theirs}.{form.group(i, len(order), source)}"
+            key = f"{theirs}.{form.group(i, order, source)}"
             if key not in loose:
-                raise source.fail(f"the tensor {key!r} is not in the file, which {path!r} needs", "The file is not whole; take another copy")
+                left_out = source.config.get("save_projection") is False
+                fix = f"Save it with PEFT again, with {form.hint}" if left_out else "The file is not whole; take another copy"
+                raise source.fail(f"the tensor {key!r} is not in the file, which {path!r} needs", fix)
             found[path][ours] = loose[key]
 
 
@@ -198,12 +210,17 @@ def write(form: Form, model: nn.Module, parts: list[Any], methods: list[Any]) ->
     if len(banks) > 1:
         raise CapabilityError(f"PEFT's {form.peft_type} shares {' and '.join(form.roots)} among all modules, and this adapter has several", fix=NATIVE)
     out: Tensors = {}
-    order = {path: i for i, path in enumerate(_in_order(model, {s.path for s in made}))}
+    paths = _in_order(model, {s.path for s in made})
+    order = {path: i for i, path in enumerate(paths)}
+    form.gather(list(made.values()))
     back = {ours: theirs for theirs, ours in form.names.items()}
     for s, one in made.items():
         left = form.leave(one)
         out |= {f"{s.path}.{back[k]}": v for k, v in left.items() if k in back}
-        out |= {f"{theirs}.{order[s.path]}": left[ours] for theirs, ours in form.numbered.items()}
+        for theirs, ours in form.numbered.items():
+            key = f"{theirs}.{form.group(order[s.path], paths, None)}"
+            if not torch.equal(out.setdefault(key, left[ours]), left[ours]):
+                raise CapabilityError(f"PEFT's {form.peft_type} has one {key} for all modules of its kind, and {s.path!r} has another", fix=NATIVE)
     if banks:
         wide, tall = max(s.inp for s in made), max(s.out for s in made)
         whole = Made(model, methods[banks[0].term], replace(banks[0].site, inp=wide, out=tall), banks[0], dict(banks[0].state_dict()))
