@@ -9,6 +9,7 @@ from .plan import Plan, gated, short
 
 
 def _presets() -> dict[str, Callable[[], Plan]]:
+    from .compose.paced import paced
     from .methods import IA3, BitFit, Bottleneck, Compacter, Full, Invertible, LlamaAdapter, LoRA, LoReFT, Prefix, PromptTuning, PTuning
 
     return {
@@ -24,7 +25,9 @@ def _presets() -> dict[str, Callable[[], Plan]]:
         "mam": lambda: Prefix(30, reparameterize=800) + Bottleneck(reduction=2, activation="relu", parallel=True, scale=4.0, at="ffn"),
         "unipelt-ap": lambda: gated(Bottleneck(48) + Prefix(10)),
         "unipelt-apl": lambda: gated(Bottleneck(48) + Prefix(10) + LoRA(8, alpha=16)),
+        "gated": lambda: gated(Bottleneck(12) + paced(Prefix(5), 10) + paced(LoRA(4), 2) + paced(IA3(), 20), bias=3.0, rate=10.0),
         "head": lambda: Full(at="head"),
+        "full": lambda: Full(at="all"),
         "compacter": lambda: Compacter(),
         "compacter++": lambda: Compacter(at="ffn"),
         "adapterdrop": lambda: Bottleneck(reduction=16, activation="relu", at="ffn", drop=11),
@@ -50,7 +53,9 @@ def preset(name: str, where: str = "") -> Plan:
     houlsby     after attention and FFN, reduction 16, swish (Houlsby et al. 2019, as AdapterHub's double_seq_bn)
     parallel    beside the FFN, reduction 2, ReLU, scale 4; mam: that with prefix 30 through an MLP of 800 (He et al. 2022)
     unipelt-ap  gated bottleneck 48 and prefix 10; unipelt-apl: with LoRA 8 too (Mao et al. 2022)
-    head        the head's own tensors
+    gated       ours: bottleneck 12, prefix 5, LoRA 4 and (IA)3 under gates that start open, each at a rate of its own; a
+                proposal, not shown to be better than one method (docs/evidence.md)
+    head        the head's own tensors; full: all tensors, which is ordinary fine-tuning (saved whole, as large as the base)
     compacter   Kronecker bottlenecks after attention and FFN; compacter++: after the FFN alone (Mahabadi et al. 2021)
     adapterdrop pfeiffer, of which training leaves out the 0 to 11 lowest layers at random (Rücklé et al. 2021)
     llama-adapter  10 prompts faded in, in the topmost 30 layers (Zhang et al. 2024)
@@ -59,7 +64,8 @@ def preset(name: str, where: str = "") -> Plan:
     p-tuning    20 input vectors out of an LSTM (Liu et al. 2021)
     p-tuning-v2 20 keys and values in every layer; p-tuning-v2-mlp: through an MLP of 512. With a classification head on the
                 first token, as a sequence classifier has it (Liu et al. 2022)
-    t-few       (IA)3 on an encoder-decoder, cross-attention too, as T-Few trains it with the task `choices` (Liu et al. 2022)
+    t-few       (IA)3 on an encoder-decoder, cross-attention too, as T-Few trains it, with the task `choices`
+                (Liu et al. 2022)
 
     Raises: PlanError for an unknown name, with the nearest.
     """

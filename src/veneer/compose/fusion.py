@@ -15,7 +15,7 @@ from .gate import Gate as Scale
 from .mixture import place_of, same_sites
 
 if TYPE_CHECKING:
-    from ..methods.parts import Part
+    from ..methods.part import Part
     from ..sites import Site
 
 

@@ -21,6 +21,8 @@ class Gate(nn.Module):
     """
 
     member: int | None = None  # of a mixture or a fusion
+    rate: float = 1.0  # learning rate, as a multiple of the run's
+    drop: float = 0.0  # how often it is 0 in training
     joint: Any = None  # what weighs the deviations of several parts together: see compose/fusion.py
 
     def __init__(self, width: int, *, per: str, bias: float, temperature: float, causal: bool, new: dict[str, Any]) -> None:
@@ -38,7 +40,7 @@ class Gate(nn.Module):
             g = torch.sigmoid(self.bias.squeeze(0) / self.temperature)
             if self.watch is not None:
                 self.watch(g.detach().reshape(1))
-            return g
+            return self.dropped(g)
         assert x is not None
         x = tokens_last(x, self.width)
         dtype = x.dtype
@@ -56,12 +58,19 @@ class Gate(nn.Module):
             g = (s * m).sum(1) / m.sum(1).clamp(min=1)
         if self.watch is not None:
             self.watch(self.means(g.detach(), mask))
-        return g.to(dtype)
+        return self.dropped(g).to(dtype)
+
+    def dropped(self, g: Tensor) -> Tensor:
+        """In training g or, `drop` of the time, 0, for a whole example, scaled so that the mean is g."""
+        if not (self.training and self.drop):
+            return g
+        kept = torch.rand(g.shape[:1], device=g.device) >= self.drop
+        return g * (kept.reshape(-1, *[1] * (g.dim() - 1)) if g.dim() else kept).to(g.dtype) / (1 - self.drop)
 
     def tokens(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The gate of every token, (B, T) in fp32, for x (B, T, d)."""
         score = nn.functional.linear(x, self.weight.to(x.dtype)[None], self.bias.to(x.dtype)).squeeze(-1)
-        return torch.sigmoid(score.float() / self.temperature)
+        return torch.sigmoid(score.float() if self.temperature == 1 else score.float() / self.temperature)
 
     def penalty(self) -> Tensor | None:
         """A term of the training loss, where it has one."""

@@ -67,7 +67,7 @@ class Use(Plan):
         raise self._early()
 
     def to_dict(self) -> dict[str, Any]:
-        raise self._early()
+        return {"use": self.name} | ({"train": True} if self.train else {})
 
     def __str__(self) -> str:
         return f"use({self.name!r}{', train=True' if self.train else ''})"
@@ -131,3 +131,5 @@ def copy_numbers(parts: list[Any], sources: list[Any]) -> None:
                 to.unfold(values)
             # a gate of the new plan is not among them
             to.load_state_dict(values, strict=False, assign=True)
+        for to in mine:
+            to.derive()

@@ -13,7 +13,7 @@ from ..plan import Gate, Plan, check_plan, finite, short, ungated, whole
 from .gate import Gate as Scale
 
 if TYPE_CHECKING:
-    from ..methods.parts import Part
+    from ..methods.part import Part
     from ..sites import Site
 
 PER = ("token", "example")
@@ -150,7 +150,7 @@ class Routed(Scale):
         counted, p = self.router(x)
         if self.balance and self.training and self.member == 0:  # once for all experts
             real = torch.ones_like(p[..., 0]) if mask is None else mask.to(p.dtype)
-            first = nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(p.dtype)
+            first = (p.argmax(-1, keepdim=True) == torch.arange(p.shape[-1], device=p.device)).to(p.dtype)
             n = real.sum().clamp(min=1)
             share, weight = ((t * real[..., None]).sum((0, 1)) / n for t in (first, p))
             self.router.uneven = self.balance * p.shape[-1] * (share * weight).sum()

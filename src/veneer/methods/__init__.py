@@ -45,6 +45,11 @@ def methods() -> list[Record]:
     return [Record(m.name, m.family, m.ports, tuple(c for c in CAPABILITIES if getattr(m, c)), m.paper, m) for m in registered()]
 
 
+def holder(form: str) -> Any:
+    """The method that takes any numbers of this form on: 'tensor', one trained whole, or 'factors', a product B A."""
+    return next(m for m in registered() if m.holds == form)
+
+
 def find(name: Any, where: str = "") -> type[Method]:
     """The method class called `name`. Raises: PlanError with the nearest name."""
     for m in registered():

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..fingerprint import gathered
 from ..sites import Site
 from .base import Build, Method
 from .lowrank import LowRankPart, check_rank, lead
-from .parts import Part, like
+from .part import Part, like
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class AdaLoRA(Method):
         with torch.no_grad():
             for p in parts:
                 if step >= last:
-                    p.E.mul_(p.kept.to(p.E.dtype))
+                    p.prune()
 
     def budget(self, maps: int, step: int, first: int, last: int, whole: int) -> int:
         """How many triplets remain after `step`; `whole` at the start."""
@@ -105,7 +106,7 @@ class AdaLoRA(Method):
         with torch.no_grad():
             for p, mine in zip(parts, keep.split([p.E.numel() for p in parts]), strict=True):
                 p.kept.copy_(mine.reshape(p.E.shape))
-                p.E.mul_(p.kept.to(p.E.dtype))
+                p.prune()
 
 
 class AdaLoRAPart(LowRankPart):
@@ -138,14 +139,23 @@ class AdaLoRAPart(LowRankPart):
         for name, p in (("A", self.A), ("B", self.B), ("E", self.E)):
             if p.grad is None:  # a map that no token reached
                 continue
-            now = (p * p.grad).abs()
-            mean, spread = self.seen.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
+            now = gathered((p * p.grad).abs())  # under FSDP2 every process has the whole, and so prunes the same
+            mean, spread = self.seen.get(name, (torch.zeros_like(now), torch.zeros_like(now)))
             mean = beta1 * mean + (1 - beta1) * now
             self.seen[name] = mean, beta2 * spread + (1 - beta2) * (now - mean).abs()
 
+    def prune(self) -> None:
+        """Zero the E that are not kept; under FSDP2 each process its own shard's."""
+        mask = self.kept.to(self.E.dtype)
+        if hasattr(self.E, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor
+
+            mask = distribute_tensor(mask, self.E.device_mesh, self.E.placements)
+        self.E.mul_(mask)
+
     def importance(self) -> Tensor:
         """Of each triplet, (r) or (E, r)."""
-        a, b, e = (self.seen[n][0] * self.seen[n][1] if n in self.seen else torch.zeros_like(getattr(self, n)) for n in "ABE")
+        a, b, e = (self.seen[n][0] * self.seen[n][1] if n in self.seen else self.kept.new_zeros(getattr(self, n).shape, dtype=torch.float32) for n in "ABE")
         return e + a.mean(-1) + b.mean(-2)
 
     def scale_by(self, c: float) -> bool:

@@ -19,14 +19,15 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import CapabilityError, PlanError, did_you_mean
-from ..plan import Plan, finite, short, whole
+from ..plan import Plan, short
 from ..sites import Site
+from .checks import Checked
 
 if TYPE_CHECKING:
     import torch
 
     from ..probe import Probe
-    from .parts import Part
+    from .part import Part
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Build:
         return self.probe
 
 
-class Method(Plan):
+class Method(Checked, Plan):
     """Base of every method. Subclasses are frozen dataclasses; their fields are the hyper-parameters.
 
     Class attributes declare what the method is and can do; asking for more is a `CapabilityError`.
@@ -66,6 +67,7 @@ class Method(Plan):
     routable: ClassVar[bool] = True
     gateable: ClassVar[bool] = True
     tied: ClassVar[bool] = True  # a tensor that several modules hold is changed once, for all of them
+    holds: ClassVar[str] = ""  # of which form it can take any numbers on: a 'tensor', whole, or a product of 'factors'
     needs_data: ClassVar[bool] = False  # vn.attach must be given batches
     rate: ClassVar[tuple[float, str]] = (5e-4, "LoRA's, for a method without a rate of its own")  # with AdamW, and whence
     leads: ClassVar[bool] = True  # whether its rate counts beside other methods'
@@ -76,7 +78,7 @@ class Method(Plan):
 
     def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
         """Yield (site, part) for every site that the method takes. `sites(pattern, port)` chooses among the model's."""
-        from .parts import module_at
+        from .part import module_at
 
         for port in self.ports:
             for site in sites(self.at, port, self.default_at):
@@ -94,6 +96,17 @@ class Method(Plan):
         """Whether `advance` will exchange trained parameters for others at this step, so that it needs the optimiser."""
         return False
 
+    @property
+    def steady(self) -> bool:
+        """Whether every training step does the same operations, so that one recording stands for all."""
+        # prompts work out their rows' lengths on the host
+        return type(self).advance is Method.advance and "embed" not in self.ports
+
+    def default_rate(self) -> tuple[float, str]:
+        """The learning rate with AdamW where none is given, and its source; where it hangs on the hyper-parameters, a
+        method says more than `rate`."""
+        return self.rate
+
     def leaves(self) -> Iterator[Method]:
         yield self
 
@@ -101,7 +114,6 @@ class Method(Plan):
         """The method that acts without a gate as this one does under it (before the gate's scale)."""
         return self
 
-    # -- serialisation ------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"method": self.name}
         for f in fields(self):  # type: ignore[arg-type]
@@ -126,44 +138,6 @@ class Method(Plan):
     def __str__(self) -> str:
         own = [f for f in fields(self) if getattr(self, f.name) != f.default]  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in own)})"
-
-    # -- checks that methods share ---------------------------------------------------------------------------------
-    def _fail(self, what: str, fix: str = "") -> PlanError:
-        return PlanError(f"{type(self).__name__}: {what}", fix=fix)
-
-    def _positive(self, **values: Any) -> None:
-        for key, value in values.items():
-            if not whole(value):
-                raise self._fail(f"{key} must be a whole number of at least 1, and of some use, not {short(value)}")
-
-    def _count(self, **values: Any) -> None:
-        for key, value in values.items():
-            if not whole(value, 0):
-                raise self._fail(f"{key} must be a whole number of at least 0, not {short(value)}")
-
-    def _finite(self, **values: Any) -> None:
-        for key, value in values.items():
-            if not finite(value):
-                raise self._fail(f"{key} must be a finite number, not {short(value)}")
-
-    def _share(self, **values: Any) -> None:
-        for key, value in values.items():
-            if not finite(value) or not 0 <= value < 1:
-                raise self._fail(f"{key} must be a number from 0 up to, not including, 1, not {short(value)}")
-
-    def _bool(self, **values: Any) -> None:
-        for key, value in values.items():
-            if not isinstance(value, bool):
-                raise self._fail(f"{key} must be True or False, not {short(value)}")
-
-    def _one_of(self, options: Any, **values: Any) -> None:
-        for key, value in values.items():
-            if not isinstance(value, str) or value not in options:
-                raise self._fail(f"{key} is {short(value)}", did_you_mean(str(value), map(str, options)))
-
-    def _pattern(self) -> None:
-        if self.at is not None and (not isinstance(self.at, str) or not self.at.strip()):
-            raise self._fail(f"at must be a pattern such as 'attn.{{q,v}}', not {short(self.at)}")
 
 
 def need(condition: bool, what: str, fix: str = "") -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..sites import Site
 from .base import Build, Method
-from .parts import MapPart, Part, like
+from .part import Part, like
+from .parts import MapPart
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..errors import SiteError
 from ..sites import Site
 from .base import Build, Method
-from .parts import Part, TensorPart, like
+from .part import Part, like
+from .parts import TensorPart
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ops.maps import take
+from ..ops.maps import Map, take
 from ..sites import Site
+from ..ties import Ties
 from .base import Build, Method
 from .orthogonal import TurnPart, blocks, cayley, divides, skew
-from .parts import MapPart, Part, like, module_at
+from .part import Part, like, module_at
+from .parts import MapPart
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,25 @@ class BOFT(Method):
         self._pattern()
 
     def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
+        held = Ties(build.model).held
         for site in sites(self.at, "weight", self.default_at):
             build.module = module_at(build.model, site.path)
-            yield site, (part := ButterflyPart(site, build, self))
+            alone = len(held.get(id(build.module._parameters.get(site.tensor or "weight")), ())) < 2
+            yield site, (part := ButterflyPart(site, build, self, alone))
             if self.scale and part.acts == "input":
                 yield site, GainPart(site, build)
 
 
 class ButterflyPart(TurnPart):
-    def __init__(self, site: Site, build: Build, m: BOFT) -> None:
+    def __init__(self, site: Site, build: Build, m: BOFT, alone: bool) -> None:
         super().__init__(site, build)
+        if m.scale and not alone:
+            self.acts = "output"  # type: ignore[misc]
         divides("BOFT", m.block << (m.factors - 1), self)
         self.block, n = m.block, self.channels // m.block
         self.Q = nn.Parameter(torch.zeros(m.factors, n, m.block * (m.block - 1) // 2, **like(build, site)))
-        # A slice's rotation acts on its output, so its gain has to be in the same part: they do not commute
+        # A slice's rotation acts on its output, so its gain has to be in the same part: they do not commute. So has that of a
+        # tied tensor: where another module reads the rows of W, the gain is of rows that are rotated already
         self.s = nn.Parameter(torch.ones(site.out, **like(build, site))) if m.scale and self.acts == "output" else None
         self.orders = [order(self.channels, m.block, i) for i in range(m.factors)]
 
@@ -85,6 +92,14 @@ class ButterflyPart(TurnPart):
             return d
         s = self.cast(self.s, h)
         return s * d + (s - 1) * plain(h, self)
+
+    def across(self, m: Map, x: Tensor, h: Tensor) -> Tensor:
+        if self.s is None or not m.looked_up:
+            return super().across(m, x, h)
+        rows = m.looked(x, self.weight().to(h.dtype))
+        d = super().fold(rows.flatten(0, -2), None)[0].to(h.dtype).unflatten(0, x.shape)
+        s = self.cast(self.s, h)[x].unsqueeze(-1)
+        return s * d + (s - 1) * rows
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dw = super().fold(w, b)[0]

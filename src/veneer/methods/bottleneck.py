@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..code import own_class
 from ..errors import PlanError
 from ..sites import Site
+from .activations import ACTIVATIONS
 from .base import Build, Method
 from .drop import Droppable, draw, ready
-from .parts import OutputPart, Part, like
-
-ACTIVATIONS = {
-    "relu": nn.functional.relu,
-    "gelu": nn.functional.gelu,
-    "swish": nn.functional.silu,
-    "silu": nn.functional.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leakyrelu": nn.functional.leaky_relu,
-    "identity": lambda x: x,
-}
+from .part import Part, like, module_at
+from .parts import OutputPart
 
 
 @dataclass(frozen=True)
@@ -40,6 +34,9 @@ class Bottleneck(Method):
     reduction  d / n, where `size` is not given (16 is Pfeiffer's)
     at         'ffn' (default; Pfeiffer), 'attn', or 'attn,ffn' (Houlsby)
     parallel   read the block's input x in place of h; False by default
+    residual   read the residual stream r, as AdapterHub's seq_bn and par_bn do: f(LN(h + r)), with the norm that follows the
+               addition in post-norm models (and f(h + r) in pre-norm ones); in parallel f(r), from before the block's norm.
+               False by default. Found by one call of the model at attaching
     activation 'relu' by default; gelu, swish/silu, tanh, sigmoid, leakyrelu, identity
     scale      s: a number (1 by default; He et al. use 4 in parallel), or 'learnt' (starts at 1)
     norm       a LayerNorm before W_down, of its own; False by default
@@ -70,6 +67,7 @@ class Bottleneck(Method):
     dropout: float = 0.0
     drop: int = 0
     skip: int = 0
+    residual: bool = False
     at: str | None = None
 
     def __post_init__(self) -> None:
@@ -87,12 +85,29 @@ class Bottleneck(Method):
                 raise self._fail(f"scale must be a number or 'learnt', not {self.scale!r}")
             self._finite(scale=self.scale)
         self._share(dropout=self.dropout)
-        self._bool(parallel=self.parallel, norm=self.norm)
+        self._bool(parallel=self.parallel, norm=self.norm, residual=self.residual)
         self._count(drop=self.drop, skip=self.skip)
         self._pattern()
 
+    @property
+    def steady(self) -> bool:
+        return self.drop == 0
+
     def advance(self, parts: list[Part], step: int, total: int) -> None:
         draw(parts, step)
+
+    def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
+        from ..residual import streams
+
+        made = list(super().parts(sites, build))
+        found = streams(build.model, [s for s, _ in made]) if self.residual else {}
+        for site, part in made:
+            if site in found:
+                part.enter = found[site].enter
+                if found[site].norm and not self.parallel:
+                    norm = module_at(build.model, found[site].norm)
+                    part.__dict__["behind"] = norm, own_class(norm).forward  # the base's own, without what is attached to it
+            yield site, part
 
     def part(self, site: Site, build: Build) -> Part:
         size = self.size if self.size is not None else max(1, round(site.width / self.reduction))  # type: ignore[operator]
@@ -102,6 +117,8 @@ class Bottleneck(Method):
 
 
 class BottleneckPart(Droppable, OutputPart):
+    behind: Any = None
+
     def __init__(self, site: Site, build: Build, m: Bottleneck, size: int) -> None:
         super().__init__(site)
         new, d = like(build, site), site.width
@@ -112,11 +129,16 @@ class BottleneckPart(Droppable, OutputPart):
         self.norm = nn.LayerNorm(d, **new) if m.norm else None
         self.scale = nn.Parameter(torch.ones(1, **new)) if m.scale == "learnt" else float(m.scale)
         self.parallel, self.activation, self.dropout = m.parallel, ACTIVATIONS[m.activation], m.dropout
-        self.reads_state = not m.parallel
+        self.reads_state, self.residual = not m.parallel, m.residual
         ready(self, m.skip, m.drop)
 
+    def sees(self, x: Tensor, h: Tensor) -> Tensor:
+        if self.parallel or not self.residual:
+            return super().sees(x, h)
+        return h + x if self.behind is None else self.behind[1](self.behind[0], h + x)
+
     def deviation(self, x: Tensor, h: Tensor) -> Tensor:
-        z = x if self.parallel else h
+        z = self.sees(x, h)
         channels_second = z.shape[-1] != self.down.shape[1]  # images as (B, C, *space)
         if channels_second:
             z = z.movedim(1, -1)

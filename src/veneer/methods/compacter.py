@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..sites import Site
+from .activations import ACTIVATIONS
 from .base import Build, Method
-from .bottleneck import ACTIVATIONS
 from .drop import Droppable, draw, ready
-from .parts import Bank, OutputPart, Part, like
+from .part import Bank, Part, like
+from .parts import OutputPart
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class Compacter(Method):
         if size > 16 * site.width:
             raise self._fail(f"size {size} is over 16 times the width {site.width} of {site.path}")
         return CompacterPart(site, build, self, size)
+
+    @property
+    def steady(self) -> bool:
+        return self.drop == 0
 
     def advance(self, parts: list[Part], step: int, total: int) -> None:
         draw([p for p in parts if p.acts], step)

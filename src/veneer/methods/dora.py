@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ops.maps import take
+from ..ops.skinny import narrow
 from ..ops.weights import answers, plain
 from ..sites import Site
 from .base import Build, Method
 from .factors import LoRAPart
 from .lora import LoRA
-from .parts import Part
-from .starts import wide
+from .matrices import wide
+from .part import Part
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class DoRA(LoRA):
     """
 
     name = "dora"
+    holds = ""
     paper = "arXiv 2402.09353"
 
     def ungated(self) -> Method:
@@ -61,13 +62,13 @@ class DoRAPart(LoRAPart):
         self.register_buffer("square", square, persistent=False)  # ‖W‖², a function of the base
         self.m = nn.Parameter(square.sqrt().to(**self.new))
 
-    def growth(self, a: Tensor, b: Tensor) -> Tensor:
+    def gains(self, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
         """g, in fp32 at least."""
         with torch.no_grad():
             a, b = wide(a), wide(b)
-            cross = (self.through(a).to(b.dtype) * b).sum(-1)
-            own = ((b @ (a @ a.mT)) * b).sum(-1)
-            norm = (self.square.to(b.dtype) + 2 * self.scale * cross + self.scale**2 * own).clamp(min=1e-30).sqrt()
+            # 2 s W Aᵀ + s² B (A Aᵀ), row by row onto B
+            grown = torch.add(b @ (a @ a.mT) * self.scale**2, self.through(a).to(b.dtype), alpha=2 * self.scale)
+            norm = (self.square.to(b.dtype) + (grown * b).sum(-1)).clamp_(min=1e-30).sqrt_()
         return self.m.to(norm.dtype) / norm
 
     def through(self, a: Tensor) -> Tensor:
@@ -76,24 +77,18 @@ class DoRAPart(LoRAPart):
         if self.packed:
             return self.map.canonical(answers(self.module, a, p))
         w = self.map.canonical(p.detach())  # type: ignore[union-attr]
-        return w @ a.mT.to(w.dtype)
-
-    def bias(self) -> Tensor | None:
-        bias = getattr(self.module, "bias", None)
-        return take(bias.detach(), self.site.slice) if isinstance(bias, Tensor) else None
+        return narrow(w, a.to(w.dtype), 1.0) if w.dim() == 2 else w @ a.mT.to(w.dtype)
 
     def deviation(self, x: Tensor, h: Tensor) -> Tensor:
         a, b = self.pair()
-        g = self.growth(a, b)
+        g = self.gains(a, b)
         z = self.map.down(self.entry(x), self.cast(a, h))
         low = self.map.up(z, self.cast(g.unsqueeze(-1) * self.scale * b, h))  # g scales B's rows rather than every token
-        bias = self.bias()
-        h = h if bias is None else h - self.map.features(bias, h).to(h.dtype)
-        return self.map.features(self.cast(g - 1, h), h) * h + low
+        return self.map.features(self.cast(g - 1, h), h) * self.bare(h) + low
 
     def fold(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         down, up = self.pair()
-        g = self.growth(down, up).unsqueeze(-1).to(w.dtype)
+        g = self.gains(down, up).unsqueeze(-1).to(w.dtype)
         dw = (g - 1) * w + g * self.scale * (up.to(w.dtype) @ down.to(w.dtype))
         bias = self.bias()
         return dw, None if b is None or bias is None else (g.squeeze(-1) - 1) * (b - bias.to(b.dtype))

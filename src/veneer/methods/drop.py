@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from .parts import Part
+from .part import Part
 
 
 class Droppable(Part):

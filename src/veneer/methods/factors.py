@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..sites import Site
 from .base import Build
 from .lowrank import LowRankPart, check_rank
-from .parts import like
+from .part import like
 
 if TYPE_CHECKING:
     from .lora import LoRA

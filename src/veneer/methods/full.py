@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..sites import Site
 from .base import Build, Method
-from .parts import Part, TensorPart, like, module_at
+from .part import Part, like, module_at
+from .parts import TensorPart
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Full(Method):
     ports = ("param",)
     paper = ""
     mergeable = True
+    holds = "tensor"
     default_at = "head"
     rate = (1e-3, "a fresh head on a frozen body, as linear probes take")
     leads = False
@@ -42,6 +44,9 @@ class Full(Method):
     def __post_init__(self) -> None:
         self._bool(tied=self.tied)
         self._pattern()
+
+    def default_rate(self) -> tuple[float, str]:
+        return self.rate if self.at == self.default_at else (5e-5, "ordinary fine-tuning, 2e-5 to 5e-5 (Devlin et al. 2019, A.3)")
 
     def parts(self, sites: Callable[..., list[Site]], build: Build) -> Iterator[tuple[Site, Part]]:
         for site in sites(self.at, "param", self.default_at):
@@ -65,3 +70,7 @@ class FullPart(TensorPart):
 
     def scale_by(self, c: float) -> bool:
         return c == 1.0
+
+    def add(self, delta: Tensor) -> None:
+        """Make p' of p' + delta."""
+        self.tensor.add_(delta.to(self.tensor))

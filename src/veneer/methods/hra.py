@@ -11,7 +11,7 @@ from ..sites import Site
 from .base import Build, Method
 from .loha import uniform
 from .orthogonal import TurnPart
-from .parts import Part, like
+from .part import Part, like
 
 
 @dataclass(frozen=True)

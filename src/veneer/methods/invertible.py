@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..sites import Site
+from .activations import ACTIVATIONS
 from .base import Build, Method
-from .bottleneck import ACTIVATIONS
-from .parts import Bank, Part, like, module_at
+from .part import Bank, Part, like, module_at
 
 
 @dataclass(frozen=True)

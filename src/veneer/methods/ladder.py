@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..sites import Site
 from .base import Build, Method
-from .parts import OutputPart, Part, like, module_at
+from .part import Part, like, module_at
+from .parts import OutputPart
 
 
 @dataclass(frozen=True)

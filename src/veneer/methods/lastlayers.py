@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..sites import Site
 from .base import Build, Method
 from .full import FullPart
-from .parts import Part, module_at
+from .part import Part, module_at
 
 
 @dataclass(frozen=True)

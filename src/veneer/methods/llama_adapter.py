@@ -13,7 +13,8 @@ from ..code import own_class
 from ..ops.maps import map_of, take
 from ..sites import Site
 from .base import Build, Method
-from .parts import KVPart, Part, like, module_at
+from .part import Part, like, module_at
+from .parts import KVPart
 
 
 @dataclass(frozen=True)

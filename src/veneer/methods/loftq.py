@@ -14,8 +14,9 @@ from ..sites import Site
 from .base import Build
 from .factors import LoRAPart
 from .lora import LoRA
-from .parts import Part
-from .starts import Start, svd, wide
+from .matrices import svd, wide
+from .part import Part
+from .starts import Start
 
 
 def residual(parts: list[LoRAPart], m: LoRA, build: Build) -> None:
@@ -49,6 +50,7 @@ class LoftQ(LoRA):
     """
 
     name = "loftq"
+    holds = ""
     paper = "arXiv 2310.08659"
     identity_at_init = False
     starts: ClassVar[dict[str, Start]] = {"loftq": Start(residual)}

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..sites import Site
 from .base import Build, Method
-from .parts import DeltaPart, Part, like
+from .part import Part, like
+from .parts import DeltaPart
 
 
 @dataclass(frozen=True)

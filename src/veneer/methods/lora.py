@@ -13,7 +13,7 @@ from ..plan import finite, short
 from ..sites import Site
 from .base import Build, Method
 from .factors import LoRAPart
-from .parts import Part, module_at
+from .part import Part, module_at
 from .starts import STARTS, Start
 
 
@@ -38,6 +38,9 @@ class LoRA(Method):
               'mica'       B = W's minor left singular vectors, frozen; A = 0 (arXiv 2604.01694)
               'eva'        A = leading right singular vectors of the map's inputs, of uncentred data; B = 0. Ranks are dealt
                            out anew by explained variance (Paischer et al. 2024, arXiv 2410.07170). Needs data.
+              'corda'      singular triplets of W C, times C⁻¹, C = mean x xᵀ: the r largest, in which the data acts most
+                           (instruction-previewed), or with 'corda-kpm' the r smallest, which leave what the data shows
+                           alone (knowledge-preserved; Yang et al. 2024, arXiv 2406.05223). Need data.
               'lora-ga'    singular vectors of the loss's gradient (Wang et al. 2024, arXiv 2407.05000). Needs data.
     rank_stabilized  s = alpha / sqrt(r), alpha 16 by default (Kalajdzievski 2023, arXiv 2312.03732)
     b_rate    B's learning rate as a multiple of the run's; 1. LoRA+ uses 16 (Hayou et al. 2024, arXiv 2402.12354)
@@ -47,9 +50,9 @@ class LoRA(Method):
     tied      at a table that other modules hold too (a tied head), act there too; False: at the named site alone, as
               Hugging Face PEFT does, and then it cannot be merged
     rho       'eva': no map's rank grows over rho · r; 2 as in the paper. 1: no dealing out
-    niter     'pissa', 'lora-ga': iterations of a randomised SVD; None (default) is the exact one, 16 PiSSA's fast one
+    niter     'pissa', 'lora-ga', 'corda': iterations of a randomised SVD; None (default) is the exact one, 16 PiSSA's fast one
 
-    Parameters: r (in + out) for each map; a shifted start ('pissa', 'olora', 'lora-ga') saves its frozen copy as well.
+    Parameters: r (in + out) for each map; a shifted start ('pissa', 'olora', 'corda', 'lora-ga') saves its frozen copy as well.
     Raises: PlanError for a rank below 1 or above the matrix's, or a start without the data it needs.
     """
 
@@ -58,6 +61,7 @@ class LoRA(Method):
     ports = ("weight",)
     paper = "arXiv 2106.09685"
     mergeable = True
+    holds = "factors"
     default_at = "attn.{q,v}"
     rate = (5e-4, "UniPELT's for LoRA, 5e-4 (Mao et al. 2022, A.1); Hu et al. 2021, D take 2e-4 to 5e-4")
     starts: ClassVar[dict[str, Start]] = STARTS

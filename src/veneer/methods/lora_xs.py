@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..sites import Site
 from .base import Build, Method
 from .lowrank import LowRankPart, check_rank, lead
-from .parts import Part, like
-from .starts import svd, wide
+from .matrices import svd, wide
+from .part import Part, like
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Between(LowRankPart):
     A: Tensor
     B: Tensor
 
-    def __init__(self, site: Site, build: Build, r: int, even: bool) -> None:
-        """`even`: S goes half to A and half to B, as its root; else all of it to B."""
+    def __init__(self, site: Site, build: Build, r: int, even: bool, niter: int | None = None, seed: int | None = None) -> None:
+        """`even`: S goes half to A and half to B, as its root; else all of it to B. `niter`, `seed`: see starts.svd."""
         super().__init__(site, build)
         new = like(build, site)
         if build.blank:
             a, b = torch.empty(*lead(site), r, site.inp, **new), torch.empty(*lead(site), site.out, r, **new)
         else:
-            u, s, v = svd(wide(self.weight()), r, None)
+            u, s, v = svd(wide(self.weight()), r, niter, seed)
             b = u * (s.sqrt() if even else s).unsqueeze(-2)
             a = v * s.sqrt().unsqueeze(-1) if even else v
         self.frozen("A", a.to(new["dtype"]).contiguous())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..sites import Site
 from .base import Build
-from .parts import like
+from .part import like
 from .sparse import Sparse, SparsePart
 
 

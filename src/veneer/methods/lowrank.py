@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..sites import Site
 from .base import Build, Method
-from .parts import Bank, MapPart, Part, like, module_at
+from .part import Bank, Part, like, module_at
+from .parts import MapPart
 
 
 class LowRankPart(MapPart):
@@ -24,6 +25,7 @@ class LowRankPart(MapPart):
 
     scale: float = 1.0
     dropout: float = 0.0
+    gains: Callable[[Tensor, Tensor], Tensor] | None = None  # g (out,) of (A, B), where y = g ⊙ (W x + s · B A x) + b
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B as they are now, in the parameters' dtype."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..sites import Site
 from .base import Build, Method
 from .lowrank import LowRankPart, check_rank, kaiming, lead
-from .parts import Part, like
+from .part import Part, like
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..sites import Site
 from .base import Build, Method
 from .bitfit import DeltaPart
-from .parts import Part
+from .part import Part
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..sites import Site
 from .base import Build, Method
 from .orthogonal import TurnPart, blocks, cayley, divides, skew
-from .parts import Part, like
+from .part import Part, like
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..code import own_class
 from ..sites import Site
 from .base import Build, Method
-from .parts import EmbedPart, Part, like, module_at
+from .part import Part, like, module_at
+from .parts import EmbedPart
 
 
 @dataclass(frozen=True)
@@ -80,23 +81,36 @@ class PromptTuning(Method):
             return torch.empty(self.length or 0, site.width, **new)
         if self.init == "random":
             return torch.empty(self.length or 0, site.width, **new).normal_(std=0.02)
-        if not site.enter:
-            raise self._fail(f"init={self.init!r} needs a token embedding, and {site.path or 'this model'} has none")
-        embedding = module_at(build.model, site.enter)
-        table = embedding.weight
-        assert isinstance(table, Tensor)
         if self.init == "vocab":
-            ids = torch.randint(table.shape[0], (self.length or 0,))
+            ids = torch.randint(table_of(self, site, build).weight.shape[0], (self.length or 0,)).tolist()
         else:
             if build.tokenizer is None:
                 raise self._fail("init='text' needs a tokenizer", "Give it: vn.attach(model, plan, tokenizer=tokenizer)")
-            ids = torch.tensor(build.tokenizer(self.text, add_special_tokens=False)["input_ids"])
+            ids = build.tokenizer(self.text, add_special_tokens=False)["input_ids"]
             if not len(ids):
                 raise self._fail(f"the text {self.text!r} has no tokens")
             n = self.length or len(ids)
-            ids = ids.repeat(-(-n // len(ids)))[:n]
-        with torch.no_grad():  # as the embedding itself gives them: some scale what they look up
-            return own_class(embedding).forward(embedding, ids.to(table.device)).to(**new).clone()  # type: ignore[attr-defined]
+            ids = (ids * -(-n // len(ids)))[:n]
+        return looked_up(self, site, build, ids)
+
+
+def table_of(m: Method, site: Site, build: Build) -> nn.Embedding:
+    """The token embedding behind an embed site. Raises: PlanError where there is none."""
+    if not site.enter:
+        raise m._fail(f"this start needs a token embedding, and {site.path or 'this model'} has none")
+    return module_at(build.model, site.enter)  # type: ignore[return-value]
+
+
+def looked_up(m: Method, site: Site, build: Build, ids: list[int]) -> Tensor:
+    """The embeddings (n, d) of the tokens `ids`, as new tensors. Raises: PlanError for a token that is none."""
+    new = like(build, site)
+    if build.blank:
+        return torch.empty(len(ids), site.width, **new)
+    table = table_of(m, site, build)
+    if max(ids) >= table.weight.shape[0]:
+        raise m._fail(f"there is no token {max(ids)}: {site.enter!r} has {table.weight.shape[0]}", "Use the base's own tokenizer")
+    with torch.no_grad():  # as the embedding itself gives them: some scale what they look up
+        return own_class(table).forward(table, torch.tensor(ids, device=table.weight.device)).to(**new).clone()  # type: ignore[attr-defined]
 
 
 class PromptPart(EmbedPart):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..sites import Site
 from .base import Build, Method
-from .parts import EmbedPart, Part, like
+from .part import Part, like
+from .parts import EmbedPart
 
 
 @dataclass(frozen=True)

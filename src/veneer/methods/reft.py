@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..ops.positions import Places
 from ..sites import Site
 from .base import Build, Method
-from .parts import OutputPart, Part, like
+from .part import Part, like
+from .parts import OutputPart
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import PlanError
 from ..sites import Site
 from .base import Build, Method
-from .parts import MapPart, Part, like
+from .part import Part, like
+from .parts import MapPart
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class RoAd(Method):
     group     outputs in a group; 64 by default, as in PEFT, or all of them where 64 does not divide their number
 
     α = 1 and θ = 0 at the start. Parameters: out for each map (variants 2 and 4: 2 out, 4 out). Merges; costs two products
-    of vectors. Raises: PlanError for a group that is odd or does not divide the outputs.
+    of vectors. Raises: PlanError for a group that is odd, does not divide the outputs, or
+    mixes those of a grouped convolution's groups.
     """
 
     name = "road"
@@ -59,6 +62,12 @@ class RoadPart(MapPart):
 
     def __init__(self, site: Site, build: Build, variant: int, group: int) -> None:
         super().__init__(site, build)
+        apart = site.out // getattr(self.map, "groups", 1)
+        if apart % group:
+            raise PlanError(
+                f"RoAd: a group of {group} mixes outputs of the convolution's groups of {apart}, which have other inputs", where=site.path,
+                fix="Give group=… an even divisor of those, or leave it out: at='…,!name:…'",
+            )  # fmt: skip
         self.variant, self.group = variant, group
         n = {1: site.out // 2, 2: site.out, 4: 2 * site.out}[variant]
         self.theta = nn.Parameter(torch.zeros(n, **like(build, site)))

@@ -13,7 +13,8 @@ from ..errors import PlanError
 from ..ops.sparse import sparse_product
 from ..sites import Site
 from .base import Build, Method
-from .parts import DeltaPart, Part, like, module_at
+from .part import Part, like, module_at
+from .parts import DeltaPart
 
 LARGEST = 1 << 31  # entries that int32 can number
 

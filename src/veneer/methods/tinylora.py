@@ -14,7 +14,7 @@ from ..sites import Site
 from .base import Build, Method
 from .lora_xs import Between
 from .lowrank import Projections, check_rank, lead, with_bank
-from .parts import Part, like
+from .part import Part, like
 
 # the name of the vector that a site shares, where it shares one
 SHARES: dict[str, Callable[[Site], str]] = {"none": lambda site: "", "role": lambda site: f"v_{site.role.replace('.', '_')}", "all": lambda site: "v"}

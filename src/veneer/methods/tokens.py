@@ -11,7 +11,8 @@ from ..ops.maps import Map
 from ..plan import whole
 from ..sites import Site
 from .base import Build, Method
-from .parts import MapPart, Part, like
+from .part import Part, like
+from .parts import MapPart
 
 
 @dataclass(frozen=True)

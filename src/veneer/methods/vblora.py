@@ -12,7 +12,7 @@ from ..errors import PlanError
 from ..sites import Site
 from .base import Build, Method
 from .lowrank import LowRankPart, Projections, check_rank, with_bank
-from .parts import Part, like
+from .part import Part, like
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..sites import Site
 from .base import Build, Method
 from .lowrank import LowRankPart, Projections, kaiming, lead, with_bank
-from .parts import Part, like
+from .part import Part, like
 
 
 @dataclass(frozen=True)
