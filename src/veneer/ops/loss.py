@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import linear
+
 CHUNK_BYTES = 1 << 28
 
 
@@ -75,9 +77,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             size = part.shape[0]
             if size < chunk and n > chunk:  # of one size, so that a compiled slope is compiled once
                 part, mine = F.pad(part, (0, 0, 0, chunk - size)), F.pad(mine, (0, chunk - size), value=ignore)
-            loss, d = slope(F.linear(part, w, b), mine, ignore)
+            loss, d = slope(linear(part, w, b), mine, ignore)
             total += loss
-            dh[i : i + size] = (d @ w)[:size]
+            dh[i : i + size] = linear(d, w.t())[:size]
         n = max(n, 1) if count is None else count
         ctx.save_for_backward(dh, None if whole else keep)
         ctx.count, ctx.rows = n, h.shape[0]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fresh import fresh
+
 # Gathering costs T k numbers moved, one by one; the dense product T out in multiplications at full speed. Where k is under
 # this share of the matrix, gathering is faster on a CPU (see benchmarks/sparse_memory.py), and no (out, in) matrix is made.
 SHARE = 1 / 512
@@ -30,7 +32,7 @@ class SparseProduct(torch.autograd.Function):
         for at in pieces(index, x.shape[0]):
             rows, cols = places(index[at], x.shape[1])
             y.index_add_(1, rows, x.index_select(1, cols) * values[at])
-        return y
+        return fresh(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
