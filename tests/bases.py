@@ -26,6 +26,7 @@ RUNS = {
     "regression": ("bert", "scores"),
     "tokens": ("bert", "words"),
     "language_model": ("llama", "plain"),
+    "masked": ("bert", "plain"),
     "chat": ("llama", "conversations"),
     "dpo": ("llama", "preferences"),
     "text_to_text": ("t5", "pairs"),

@@ -13,6 +13,8 @@ from helpers import build, save_mixed
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels' modules are read
 torch.set_num_threads(1)
 
 

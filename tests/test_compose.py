@@ -238,7 +238,8 @@ def test_refusals():
     with refuses(vn.PlanError, "takes plans"):
         vn.fuse("sst2", "mnli")
     with refuses(vn.PlanError, "taken from a model", "Attach"):
-        vn.use("a").to_dict()
+        list(vn.use("a").leaves())
+    assert vn.Plan.from_dict((vn.use("a") >> vn.use("b", train=True) + vn.LoRA(2)).to_dict()) == vn.use("a") >> vn.use("b", train=True) + vn.LoRA(2)
     model, inputs = fresh("bert")
     with refuses(vn.PlanError, "mixture", "number 2 of 2 does not act here", "same at", model=model):
         vn.attach(model, vn.mixture(vn.LoRA(2, at="attn.q"), vn.LoRA(2, at="attn.v")))

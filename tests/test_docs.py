@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shlex
@@ -82,3 +83,5 @@ def test_the_site_builds(tmp_path):
     for verb in typer.main.get_command(app).commands:
         assert f"veneer {verb}" in page("command-line")
     assert "gradient_accumulation" in page("configuration") and "data.limit" in page("configuration")
+    assert "that the plan uses, by name: {use: NAME}" in html.unescape(page("configuration"))  # braces are words, not attributes
+    assert (tmp_path / "site" / "style.css").exists()

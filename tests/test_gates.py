@@ -157,3 +157,20 @@ def test_a_gate_starts_at_a_half_and_saturates_at_off_and_on() -> None:
             p.copy_(numbers[n])
     torch.testing.assert_close(look(model, inputs), on, atol=1e-6, rtol=1e-5)
     assert ZOO["bert"].ports
+
+
+@pytest.mark.parametrize("per", ["example", "token", "constant"])
+def test_dropped_gates_are_whole_examples_and_right_on_average(per: str) -> None:
+    model, adapter = gated("bert", per=per, drop=0.3)
+    gate = next(p.gate for p in adapter.parts if p.gate is not None)
+    x = torch.randn(4000, 5, gate.width, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        whole = gate.eval()(x, None)
+        found = torch.stack([gate.train()(x, None) for _ in range(600 if per == "constant" else 1)])
+    zero = found == 0
+    assert float(zero.float().mean()) == pytest.approx(0.3, abs=0.05)
+    if per == "token":
+        assert bool((zero.all(-1) == zero.any(-1)).all()), "an example loses the part at all of its tokens"
+    torch.testing.assert_close(found[~zero], (whole.expand_as(found) / 0.7)[~zero])
+    assert gate.eval().dropped(whole) is whole

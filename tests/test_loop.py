@@ -9,7 +9,8 @@ import torch
 
 import veneer as vn
 from helpers import build, fresh, look, refuses, unchanged
-from veneer.methods.parts import Bank, DeltaPart, like
+from veneer.methods.part import Bank, like
+from veneer.methods.parts import DeltaPart
 from veneer.ops.weights import asked, weight_of
 from veneer.probe import Probe
 from veneer.resolve import sites
@@ -30,6 +31,30 @@ def test_groups_hold_every_parameter_once():
         vn.param_groups(model, float("nan"))
     with refuses(vn.AdapterError, "nothing here is trainable"):
         vn.param_groups(build().requires_grad_(False), 1e-3)
+
+
+def test_each_method_at_a_rate_of_its_own():
+    model, _ = fresh()
+    plan = vn.gated(vn.LoRA(2, b_rate=16.0) + vn.paced(vn.IA3() + vn.paced(vn.Prefix(2), 2.0), 5.0), rate=3.0) + vn.paced(vn.Full(at="head"), 4.0)
+    parts = vn.attach(model, vn.Plan.from_dict(plan.to_dict()), name="a").parts
+    rate = {id(p): g["lr"] for g in vn.param_groups(model, 1e-3) for p in g["params"]}
+    want = {"lora A": 1, "lora B": 16, "ia3 l": 5, "prefix keys": 10, "prefix values": 10, "full tensor": 4}
+    seen = set()
+    for part in parts:
+        for key, p in part.named_parameters():
+            seen.add(f"{part.method_name} {key}")
+            assert rate[id(p)] == pytest.approx(1e-3 * (3 if key.startswith("gate.") else want[f"{part.method_name} {key}"]))
+    assert {s for s in seen if "gate" not in s} == set(want) and sum("gate.weight" in s for s in seen) == 3
+
+
+def test_paces_that_the_methods_declare():
+    plan = vn.paced(vn.gated(vn.LoRA(2) + vn.IA3()) + vn.Full(at="head"))
+    assert plan == vn.gated(vn.LoRA(2) + vn.paced(vn.IA3(), 6.0)) + vn.paced(vn.Full(at="head"), 2.0)
+    assert vn.paced(vn.IA3()) == vn.IA3()
+    with refuses(vn.PlanError, "paced takes plans"):
+        vn.paced("lora", 2.0)
+    with refuses(vn.PlanError, "by is -1"):
+        vn.paced(vn.LoRA(2), -1)
 
 
 def test_penalty_and_advance_do_nothing_where_nothing_is_asked():

@@ -41,6 +41,8 @@ PLANS = {
     "prefix": lambda: vn.Prefix(3),
     "gated": lambda: vn.gated(vn.Bottleneck(8) + vn.Prefix(3) + vn.LoRA(4)),
     "mixed": lambda: vn.LoRA(4, at="linear") + vn.Bottleneck(8) + vn.IA3(),
+    "dora": lambda: vn.DoRA(4, at="linear"),
+    "gated-tokens": lambda: vn.gated(vn.LoRA(4, at="linear"), per="token"),
 }
 
 
@@ -92,9 +94,9 @@ def test_layers_compile_without_graph_breaks(kind, plan):
     same(plain, step(model, inputs))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_fused_alone(kind):
-    model, inputs = adapted(MODELS[kind](), vn.LoRA(4, at="linear")), batch(kind)
+@pytest.mark.parametrize(("kind", "plan"), [*((k, "lora") for k in MODELS), *((k, p) for k in ("llama", "bert") for p in ("dora", "gated", "gated-tokens"))])
+def test_fused_alone(kind, plan):
+    model, inputs = adapted(MODELS[kind](), PLANS[plan]()), batch(kind)
     plain = step(model, inputs)
     vn.optimize(model, compile=False)
     assert any(h.recipe is not None and h.recipe.bundle is not None for h in model._veneer_state.hosts.values())
@@ -291,3 +293,52 @@ def test_both_slopes_agree():
     logits, labels = torch.randn(6, 9), torch.tensor([0, 8, -100, 3, 4, -100])
     for a, b in zip(loss_and_slope(logits.clone(), labels, -100), in_place(logits.clone(), labels, -100), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("plan", ["lora", "gated", "prompt", "mixed"])
+def test_no_plan_brings_the_logits_back(plan, monkeypatch):
+    """What a plan puts round the model itself (gates' and prompts' frames) hides neither its labels nor its loss."""
+    from veneer.head import Pending
+
+    made = []
+    own = Pending.tensor
+    monkeypatch.setattr(Pending, "tensor", lambda self: made.append(1) or own(self))
+    plans = {**PLANS, "prompt": lambda: vn.PromptTuning(3)}
+    model, inputs = adapted(llama(), plans[plan]()), batch("llama")
+    plain = step(model, inputs)
+    vn.optimize(model, compile=False)
+    same(plain, step(model, inputs))
+    assert model(**inputs).logits is None and not made
+
+
+@pytest.mark.parametrize("per", ["example", "token", "constant"])
+def test_fused_gates_generate_and_report_as_ever(per):
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    seen = []
+    for fast in (False, True):
+        model = adapted(llama().eval(), vn.gated(vn.LoRA(4, at="linear"), per=per))
+        if fast:
+            vn.optimize(model, compile=False)
+            assert model._veneer_state.hosts["model.layers.0.self_attn.q_proj"].recipe.bundle is not None
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+        with torch.no_grad():
+            last = model(out, use_cache=True).logits
+        seen.append((out, last, [(r["path"], r["mean"]) for r in vn.gates(model, [{"input_ids": ids}]).rows]))
+    assert torch.equal(seen[0][0], seen[1][0])
+    torch.testing.assert_close(seen[0][1], seen[1][1])
+    assert [p for p, _ in seen[0][2]] == [p for p, _ in seen[1][2]]
+    torch.testing.assert_close(torch.tensor([m for _, m in seen[0][2]]), torch.tensor([m for _, m in seen[1][2]]))
+
+
+@pytest.mark.parametrize("plan", ["lora", "gated", "prefix"])
+def test_checkpointed_layers_compile_whole(plan):
+    torch._dynamo.reset()
+    model, inputs = adapted(llama(), PLANS[plan]()), batch("llama")
+    plain = step(model, inputs)
+    before = torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint
+    vn.optimize(model, compile={"backend": "aot_eager", "fullgraph": True})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    same(plain, step(model, inputs))
+    vn.unoptimize(model)
+    assert torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint is before
+    same(plain, step(model, inputs))

@@ -55,6 +55,14 @@ def whole(adapter) -> dict[str, torch.Tensor]:
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in adapter.named_parameters()}
 
 
+def pruning():
+    model, _ = make("llama")
+    torch.manual_seed(0)
+    adapter = vn.attach(model, vn.AdaLoRA(4, target=1), name="a")
+    shake(adapter)
+    return model, adapter
+
+
 def work(rank: int, port: int, folder: str) -> None:
     """One process: every case under DDP and then under FSDP2."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -83,6 +91,18 @@ def work(rank: int, port: int, folder: str) -> None:
                 got["output"] = output(model, batch(kind))  # type: ignore[assignment]
             if rank == 0:
                 torch.save(got, Path(folder) / f"{kind}-{method}.pt")
+            dist.barrier()
+        for way in ("ddp", "fsdp2"):
+            model, adapter = pruning()
+            for layer in layers(model) if way == "fsdp2" else ():
+                fully_shard(layer, mesh=mesh)
+            run = fully_shard(model, mesh=mesh) if way == "fsdp2" else nn.parallel.DistributedDataParallel(model)
+            for n in range(1, 5):
+                model.zero_grad()
+                step(run, adapter, half(batch("llama"), rank))
+                vn.advance(model, n, 4)
+            got = {n: t.cpu() for n, t in whole(adapter).items()} | {f"kept {i}": p.kept for i, p in enumerate(adapter.parts)}
+            torch.save(got, Path(folder) / f"pruned-{way}-{rank}.pt")
             dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -120,3 +140,19 @@ def test_two_processes_train_what_one_trains(kind: str, method: str, ran) -> Non
     vn.load(plain, ran / f"{kind}-{method}-0", name="a")
     with torch.no_grad():
         torch.testing.assert_close(output(plain, batch(kind)), got["output"], atol=1e-5, rtol=1e-5)
+
+
+def test_every_process_prunes_the_same(ran) -> None:
+    """AdaLoRA's budget is dealt out by the gradients of the whole batch: in each process as in one."""
+    model, adapter = pruning()
+    for n in range(1, 5):
+        model.zero_grad()
+        step(model, adapter, batch("llama"))
+        vn.advance(model, n, 4)
+    want = whole(adapter) | {f"kept {i}": p.kept for i, p in enumerate(adapter.parts)}
+    assert sum(int(p.kept.sum()) for p in adapter.parts) == len(adapter.parts)
+    for way in ("ddp", "fsdp2"):
+        for rank in (0, 1):
+            got = torch.load(ran / f"pruned-{way}-{rank}.pt")
+            for n in want:
+                torch.testing.assert_close(got[n], want[n], atol=1e-5, rtol=1e-5, msg=lambda m, n=n, way=way: f"{way} {n}: {m}")

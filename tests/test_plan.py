@@ -24,12 +24,14 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "loftq": [{}, {"r": 2, "quantiser": "int4", "freeze_a": True, "niter": 8}],
     "adalora": [{}, {"r": 4, "target": 2, "alpha": 3, "warmup": 0.0, "final": 0.25, "every": 5, "beta1": 0.5, "beta2": 0.9, "orthogonal": 0.0}],
     "vera": [{}, {"r": 4, "start": 0.2, "at": "ffn"}],
+    "pvera": [{}, {"r": 4, "start": 0.2, "dropout": 0.1, "sample": True, "kl": 0.5}],
     "tied-lora": [{}, {"r": 4, "alpha": 2.5, "vectors": False}],
     "vblora": [{}, {"r": 2, "vectors": 9, "length": 4, "k": 3, "bound": 0.1, "std": 0.0}],
     "randlora": [{}, {"r": 4, "alpha": 2.5, "dropout": 0.1}],
     "lora-xs": [{}, {"r": 4, "alpha": 2.5, "at": "linear"}],
     "tinylora": [{}, {"r": 3, "u": 1, "share": "all"}],
     "moslora": [{}, {"r": 3, "alpha": 1, "mixer": "kaiming"}],
+    "poly": [{}, {"r": 3, "skills": 2, "splits": 4, "alpha": 2.5, "shared": "a"}],
     "unilora": [{}, {"r": 3, "length": 9, "bound": 1.5}],
     "loretta": [{}, {"r": 3, "t": 2, "cores": 4, "alpha": 1}],
     "ia3": [{}, {"at": "attn.{q,k}", "on": "input"}, {"on": "output"}],
@@ -45,6 +47,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "loha": [{}, {"r": 3, "alpha": 5.5, "at": "linear"}],
     "lokr": [{}, {"r": 3, "alpha": 5.5, "factor": 4, "decompose_both": True, "at": "linear"}],
     "fourierft": [{}, {"n": 9, "scale": 12.5, "seed": 3}],
+    "waveft": [{}, {"n": 9, "scale": 12.5, "wavelet": None}, {"wavelet": "sym4", "seed": 3}],
     "c3a": [{}, {"block": 8}],
     "miss": [{}, {"r": 4, "mini": 8}],
     "road": [{}, {"variant": 4, "group": 8}],
@@ -54,10 +57,19 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "gralora": [{}, {"r": 6, "k": 3, "alpha": 9.5}],
     "delora": [{}, {"r": 3, "bound": 2.5}],
     "hira": [{}, {"r": 3}],
+    "psoft": [{}, {"r": 3, "before": False, "even": True, "series": 5, "constrain": 0.5, "niter": 2, "seed": 4}, {"orthogonal": False, "after": False}],
+    "peanut": [{}, {"r": 3, "layers": 2, "activation": "gelu", "scale": 0.5}],
+    "deft": [{}, {"r": 3, "projection": "qr", "alpha": 2.5}, {"inject": False}],
+    "glora": [{}, {"r": 3, "ab": "vector", "c": "none", "de": "vector"}],
+    "osf": [{}, {"keep": 4}, {"keep": 0.25}],
+    "lily": [{}, {"r": 3, "experts": 4, "stride": 2, "scale": 0.5, "per": "batch"}],
+    "adamss": [{}, {"r": 8, "subspaces": 3, "rank": 2, "threshold": 0.1, "seed": 4, "target": 9, "warmup": 0.0, "final": 0.25, "every": 5}],
+    "frod": [{}, {"share": 0.25, "seed": 4, "ridge": 0.5}],
     "norm": [{}, {"at": "norm@0"}],
     "last-layers": [{}, {"n": 2, "head": False}],
     "magnitude": [{}, {"share": 0.25, "k": 9, "per": "matrix", "at": "attn.q", "smallest": True}],
     "random": [{}, {"r": 3, "seed": 4}],
+    "super": [{}, {"share": 0.25, "r": 3, "alpha": 2.5, "dropout": 0.1, "smallest": True}],
     "gradient": [{}, {"criterion": "snip", "k": 9}],
     "fisher": [{}, {"k": 9}],
     "lottery": [{}, {"first": 0.25, "k": 9}],
@@ -69,10 +81,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "direft": [{}, {"rank": 2, "positions": "last:3", "orthogonal": True, "at": "ffn"}],
     "invertible": [{}, {"reduction": 3.5, "activation": "gelu", "at": "layer@1"}],
     "ladder": [{}, {"reduction": 4, "at": "layer@::2"}],
+    "cartridge": [{}, {"length": 4, "sink": 2, "start": "data", "init_std": 0.5}, {"positions": False, "at": "attn@1"}],
+    "cpt": [{"ids": (3, 4)}, {"ids": (3, 4, 5), "kinds": (1, 2, 4), "bound": 0.2, "format": 0.3, "context": 0.5, "decay": 0.9, "at": "embed"}],
     "p-tuning": [{}, {"length": 3, "encoder": "lstm", "hidden": 5, "layers": 1, "dropout": 0.1, "before_cls": True, "at": "embed"}],
     "multitask-prompt": [{}, {"length": 3, "rank": 2, "shared": "a", "source": "b,c", "before_cls": True, "at": "embed"}],
 }
-GATES = [{}, {"per": "token", "gate": "published", "bias": -2.5, "temperature": 0.5}, {"per": "constant"}]
+GATES = [{}, {"per": "token", "gate": "published", "bias": -2.5, "temperature": 0.5}, {"per": "constant", "rate": 5.0, "drop": 0.25}]
 
 
 def methods() -> list[vn.Plan]:
@@ -87,8 +101,10 @@ def some(dice: random.Random, depth: int = 3, gates: bool = True) -> vn.Plan:
         return dice.choice(methods())
     if pick < 0.6:
         return some(dice, depth - 1, gates) + some(dice, depth - 1, gates)
-    if pick < 0.85 or not gates:
+    if pick < 0.8 or not gates:
         return some(dice, depth - 1, gates) >> some(dice, depth - 1, gates)
+    if pick < 0.9:
+        return vn.paced(some(dice, depth - 1, gates), dice.choice((None, 0.25, 16.0)))
     return vn.gated(some(dice, depth - 1, False), **dice.choice(GATES))
 
 
@@ -213,6 +229,10 @@ BAD: list[tuple[Any, str, str]] = [
     ({"gated": "lora", "gate": "publish"}, "gate is 'publish'", "Did you mean 'published'"),
     ({"gated": "lora", "bias": "0"}, "bias must be a finite number", "'0'"),
     ({"gated": "lora", "temperature": 0}, "temperature must be positive", "0"),
+    ({"gated": "lora", "rate": -1}, "rate must be positive", "-1"),
+    ({"gated": "lora", "drop": 1}, "drop must be from 0", "1"),
+    ({"paced": "lora", "by": 0}, "by is 0", "positive multiple"),
+    ({"paced": "lora", "by": True}, "by is True", "positive multiple"),
     ({"gated": {"gated": "lora"}}, "gate within a gate", "Gate the whole plan once"),
     ("unipelt-alp", "no preset 'unipelt-alp'", "'unipelt-apl'"),
     (3, "a mapping, a list or a preset's name, not 3", ""),

@@ -36,6 +36,21 @@ def test_the_layout_names_what_is_there():
         assert (ROOT / "src" / "veneer" / name).is_dir() or (ROOT / name).is_dir(), name
 
 
+def test_both_languages_say_the_same():
+    """The same sections, tables, methods, commands, links, and numbers in digits (but that 22.7M are 2270 times 10,000)."""
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+
+    def parts(text):
+        plain = re.sub(r"```.*?```", "", text, flags=re.S)
+        numbers = sorted(n.replace(",", "") for n in re.findall(r"\d(?:[\d,.]*\d)?", plain))
+        links = [target for target in re.findall(r"\]\(([^)]+)\)", plain) if not target.startswith("README")]
+        return re.findall(r"^#+", plain, re.M), sorted(links), sorted(set(re.findall(r"`([^`\n]+)`", plain))), numbers
+
+    ours, theirs = parts(english), parts(chinese)
+    assert ours[:3] == theirs[:3]
+    assert [n for n in ours[3] if n != "22.7"] == [n for n in theirs[3] if n != "2270"]
+
+
 def test_the_snippet_runs(tmp_path, monkeypatch):
     """README's Python, as it stands there, on a small model in place of the hub's."""
     import torch

@@ -185,6 +185,8 @@ def test_settling_what_is_settled() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "texts"),
     [
+        ({"by": "rolle"}, vn.PlanError, ["by is 'rolle'", "'role'"]),
+        ({"score": "output"}, vn.PlanError, ["score='output'", "score='outputs'"]),
         ({"keep": 0}, vn.PlanError, ["keep=0", "as 2"]),
         ({"keep": -1}, vn.PlanError, ["keep=-1"]),
         ({"keep": True}, vn.PlanError, ["keep=True"]),
@@ -207,9 +209,7 @@ def test_refusals(options: dict[str, Any], error: type[vn.VeneerError], texts: l
 
 
 def test_errors_leave_the_adapter_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    module = sys.modules[vn.settle.__module__]
+    module = sys.modules["veneer.static"]
 
     def stop(*args: Any) -> Any:
         raise ZeroDivisionError
@@ -312,6 +312,52 @@ def test_the_spread_of_a_loss_and_the_saved_report(tmp_path: Path) -> None:
     report = vn.settle(model, [inputs], score=score)
     lora = next(r for r in report.parts if r["method"] == "lora")
     assert lora["loss"] == pytest.approx(1.0) and lora["loss_std"] == pytest.approx(1 / 3**0.5) and "±0.5774" in str(report)
+
+
+def test_by_layer_the_best_for_its_size_stays() -> None:
+    model, inputs, adapter = ready(plan=vn.gated(vn.Bottleneck(8) + vn.paced(vn.LoRA(1), 3.0)) + vn.Full(at="head"))
+    gated = [p for p in adapter.parts if p.gate is not None]
+    worth = {("bottleneck", 1): 3.0, ("lora", 0): 2.5, ("lora", 2): 1.0}
+
+    def score(m: Any) -> float:
+        return sum(worth.get((p.method_name, p.site.layer), 0.0) for p in gated if p.adapter == "u" and p.site.role != "attn.q")
+
+    report = vn.settle(model, [inputs], keep=0.3, by="layer", score=score)
+    assert len(report.parts) == len(gated) == 9 and all(len(r["layers"]) == 1 for r in report.parts)
+    kept = {(r["method"], r["module"], r["layers"][0]) for r in report.parts if r["kept"]}
+    # a bottleneck is worth 3 and takes nearly the whole limit; two of LoRA are worth more together
+    assert {("lora", "attn.v", 0), ("lora", "attn.v", 2)} <= kept
+    assert sum(r["parameters"] for r in report.parts if r["kept"]) <= 0.3 * sum(r["parameters"] for r in report.parts)
+    assert "attn.v@2" in str(report) and {p.pace for p in adapter.parts if p.method_name == "lora"} == {3.0}
+    other = build()
+    assert [p.site for p in vn.attach(other, report.plan, name="again").parts] == [p.site for p in adapter.parts]
+
+
+def test_a_score_of_the_outputs_needs_no_labels() -> None:
+    def made() -> tuple[Any, dict[str, Any], vn.Adapter]:
+        torch.manual_seed(0)
+        model, inputs, adapter = ready(plan=vn.gated(vn.LoRA(2) + vn.IA3() + vn.Prefix(2)), ia3=5.0)
+        with torch.no_grad():
+            for p in adapter.parts:  # an (IA)3 that does nothing, under wide gates
+                if p.method_name == "ia3":
+                    p.l.fill_(1.0)
+        return model, inputs, adapter
+
+    model, inputs, adapter = made()
+    whole = look(model, inputs)
+    with vn.disabled(model):
+        bare = look(model, inputs)
+    with torch.no_grad():
+        for p in adapter.parts:
+            if p.site.role == "attn.v":
+                p.gate.weight.zero_()
+                p.gate.bias.fill_(-60.0)
+    far = float((look(model, inputs) - whole).double().square().sum() / (bare - whole).double().square().sum())
+    report = vn.settle(made()[0], [inputs], keep=2, score="outputs")
+    loss = {(r["method"], r["module"]): r["loss"] for r in report.parts}
+    assert loss["lora", "attn.v"] == pytest.approx(far, rel=1e-3) and far > 0
+    assert all(v == pytest.approx(0.0, abs=1e-9) for (m, _), v in loss.items() if m == "ia3")
+    assert all(r["method"] != "ia3" for r in report.parts if r["kept"])
 
 
 @pytest.mark.parametrize(

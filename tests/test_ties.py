@@ -59,6 +59,7 @@ PLANS = {
     "full-head": lambda: vn.Full(at="head"),
     "delta": lambda: vn.LoHa(4, at="head"),
     "input": lambda: vn.OFT(4, at="head"),
+    "input-gain": lambda: vn.BOFT(4, at="head"),
     "scale": lambda: vn.IA3(at="embed"),
     "scale-in": lambda: vn.IA3(at="head", on="input"),
     "scale-rows": lambda: vn.IA3(at="head"),
@@ -191,6 +192,10 @@ def test_both_sides_of_one_tensor_are_not_merged_where_order_matters() -> None:
     look(model, inputs)
     with refuses(vn.MergeError, "oft at lm_head and ia3 here|ia3 at model.embed_tokens and oft here", "from both sides", model=model):
         vn.merge(model)
+    one, _ = tied("llama")  # at one module alike: the embedding's rows are scaled as they are, and the head's rotated ones
+    vn.attach(one, vn.OFT(4, at="head") + vn.IA3(at="head"), name="a")
+    with refuses(vn.MergeError, "oft at lm_head and ia3 here", "from both sides", model=one):
+        vn.merge(one)
 
 
 @pytest.mark.parametrize("plan", ["embed", "input"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,6 +168,12 @@ def _hf(name: str, config: str, head: str, inputs: Callable[..., dict[str, Any]]
         return getattr(transformers, head)(getattr(transformers, config)(**options))
 
     _add(name, make, inputs, tags, less=less, extra=extra)
+
+
+def _own_attention(family: str) -> str:
+    """'kv' where this version of transformers has the family compute attention in its own code, which no prefix can enter."""
+    root = importlib.util.find_spec("transformers").submodule_search_locations[0]  # type: ignore[union-attr, index]
+    return "" if "ALL_ATTENTION_FUNCTIONS" in (Path(root) / "models" / family / f"modeling_{family}.py").read_text() else "kv"
 
 
 _BERT = dict(
@@ -431,6 +439,7 @@ _hf(
     "GPTJForCausalLM",
     text,
     "decoder",
+    less=_own_attention("gptj"),
     extra=True,
     vocab_size=VOCAB,
     n_embd=WIDTH,
@@ -450,6 +459,7 @@ _hf(
     "CodeGenForCausalLM",
     text,
     "decoder",
+    less=_own_attention("codegen"),
     extra=True,
     vocab_size=VOCAB,
     n_embd=WIDTH,

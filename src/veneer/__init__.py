@@ -15,6 +15,7 @@ _WHERE = {
     "errors": ("VeneerError", "PlanError", "SiteError", "AdapterError", "CapabilityError", "MergeError", "StoreError", "ConfigError", "DataError"),
     "plan": ("Plan", "gated"),
     "compose.held": ("use", "frozen"),
+    "compose.paced": ("paced",),
     "compose.mixture": ("mixture",),
     "compose.fusion": ("fuse",),
     "presets": ("preset",),
@@ -33,6 +34,7 @@ _WHERE = {
     "training": ("param_groups", "penalty", "advance"),
     "select.run": ("select",),
     "optimize": ("optimize", "unoptimize", "adamw"),
+    "estimate": ("estimate", "Estimate"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_HOME)

@@ -41,6 +41,43 @@ def losses_of(model: nn.Module, state: Any, record: Record, groups: dict[Any, li
     return found
 
 
+def by_outputs(name: str, state: Any, batches: list[Any]) -> Callable[[nn.Module], list[float]]:
+    """A score that needs no labels: minus ‖y - y_whole‖² / ‖y_base - y_whole‖² on each batch, y the logits, or the first tensor of others.
+
+    The first call is the whole adapter's. Raises: PlanError for a name that is not 'outputs'.
+    """
+    if name != "outputs":
+        raise PlanError(f"score={name!r}", fix="Give score='outputs', or a function of the model")
+    whole: list[torch.Tensor] = []
+    scale: list[float] = []
+
+    def outputs(model: nn.Module) -> list[torch.Tensor]:
+        with evaluating(model), torch.no_grad():
+            return [_output(call(model, b)).double() for b in batches]
+
+    def score(model: nn.Module) -> list[float]:
+        now = outputs(model)
+        if not whole:
+            whole.extend(now)
+            enabled, state.enabled = state.enabled, False
+            try:
+                scale.extend(max(float((b - y).square().sum()), 1e-30) for b, y in zip(outputs(model), whole, strict=True))
+            finally:
+                state.enabled = enabled
+        return [-float((a - y).square().sum()) / s for a, y, s in zip(now, whole, scale, strict=True)]
+
+    return score
+
+
+def _output(out: Any) -> torch.Tensor:
+    """The logits, or else the first tensor that a model returned."""
+    if isinstance(out, torch.Tensor):
+        return out
+    if hasattr(out, "keys"):
+        return out["logits"] if "logits" in out else next(v for v in out.values() if isinstance(v, torch.Tensor))
+    return out[0]
+
+
 def _numbers(value: Any, what: str) -> list[float]:
     """What `score` gave, as a list. Raises: PlanError where it holds no number, or one that is not finite."""
     try:

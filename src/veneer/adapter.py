@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AdapterError, CapabilityError, did_you_mean
-from .host import State
 from .plan import Plan, short, whole
-from .routing import Routing
+from .state import State
 
 if TYPE_CHECKING:
-    from .methods.parts import Part
+    from .methods.part import Part
 
 
 @dataclass
@@ -160,6 +159,7 @@ def route(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Itera
     """
     from .attach import state_of
     from .install import exchange, frame_hosts
+    from .slots import prepare
 
     state = state_of(model)
     if isinstance(rows, str) or not isinstance(rows, Sequence) or not len(rows):
@@ -181,7 +181,7 @@ def route(model: nn.Module, rows: Sequence[str | Sequence[str] | None]) -> Itera
             exchange(model, state, path, kinds)
         state.routable = True
     before = state.frame
-    state.frame = replace(before, routing=Routing(by_row))
+    state.frame = replace(before, routing=prepare(model, state, by_row))
     try:
         yield model
     finally:

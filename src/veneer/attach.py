@@ -11,11 +11,12 @@ from torch import nn
 from .build import make_parts
 from .compose.held import copy_numbers, written_out
 from .errors import AdapterError
-from .host import State
-from .install import KEY, install, uninstall
-from .methods.parts import module_at
+from .install import install, uninstall
+from .methods.part import module_at
 from .plan import Plan
 from .probe import Probe
+from .state import State
+from .structure import base_modules, base_parameters
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Record
@@ -89,7 +90,9 @@ def check_free(model: nn.Module, name: str) -> None:
             raise AdapterError(f"an adapter called {name!r} is attached already", fix=f"Detach it first, or choose another name than {name!r}")
         if state.merged is not None:
             raise AdapterError("adapters are merged into this model", fix="vn.unmerge(model) first")
-    for path, module in model.named_modules():
+        if state.resting:
+            raise AdapterError("the base's weights are in CPU memory (offload_base)", fix="vn.unoptimize(model) first, and optimise again afterwards")
+    for path, module in base_modules(model):
         if path and "_veneer_state" in module.__dict__:
             raise AdapterError("a part of this model has adapters of its own", where=path, fix="Attach to that part, or detach there first")
 
@@ -111,9 +114,8 @@ def join(model: nn.Module, record: Record, activate: bool) -> Adapter:
     if activate:
         state.active = (name,)
     state.refresh()
-    for n, p in model.named_parameters():
-        if f"{KEY}." not in n:
-            p.requires_grad_(False)
+    for _, p in base_parameters(model):
+        p.requires_grad_(False)
     return Adapter(model, name)
 
 

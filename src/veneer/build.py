@@ -12,7 +12,7 @@ from torch import nn
 from . import resolve
 from .errors import PlanError, SiteError, VeneerError
 from .methods.base import Build, Method
-from .methods.parts import Part, like, module_at
+from .methods.part import Part, like, module_at
 from .patterns import select
 from .plan import Plan
 from .sites import Site
@@ -40,13 +40,22 @@ def make_parts(
             able = [s for s in found if s.port != "weight" or not m.kinds or s.kind in m.kinds]
             if not why and not any(s.port == port for s in able):
                 raise SiteError(f"{at or default!r} matches nothing: {m.name} acts on maps of kind {', '.join(m.kinds)}, and this model has none")
-            chosen = select(able, at or default, port=port, default=at is None, why=why)
+            try:
+                chosen = select(able, at or default, port=port, default=at is None, why=why)
+            except SiteError:
+                other = [s for s in select(found, at or default, port=port, default=at is None, why=why) if s not in able]
+                if not other:
+                    raise
+                raise SiteError(
+                    f"{at or default!r} matches nothing that {m.name} can change: it acts on maps of kind {', '.join(m.kinds)}", where=other[0].path,
+                    fix=f"Leave out what is of kind {other[0].kind}, or take a method that acts there: see vn.methods()",
+                ) from None  # fmt: skip
             return once(model, chosen) if m.tied else chosen
 
         try:
             for site, part in term.method.parts(sites, build):
                 part.stage, part.method_name = term.stage, term.method.name
-                part.term = i
+                part.term, part.pace = i, term.pace
                 part.tied = term.method.tied
                 if term.gate is not None and part.acts:
                     part.gate = term.gate.make(site, part, entry_width(site, part, model), like(replace(build, blank=blank), site), term.member, shared)

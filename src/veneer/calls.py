@@ -49,3 +49,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes.items():
             m.training = mode
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether operations on `x` are autocast now; the meta device does not know the question."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

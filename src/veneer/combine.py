@@ -13,12 +13,13 @@ from .adapter import Adapter, Record, known_names
 from .attach import check_free, check_name, join, state_of
 from .build import make_parts
 from .errors import AdapterError, CapabilityError, PlanError, did_you_mean
-from .methods import Full, LoRA
-from .methods.parts import MapPart, module_at
+from .methods import holder
+from .methods.part import module_at
+from .methods.parts import MapPart
 from .ops.maps import take
 from .plan import Plan, finite, short, whole
-from .settle import narrow
 from .sites import Site
+from .static import narrow
 
 
 @dataclass
@@ -152,20 +153,18 @@ def _matrices(
         width = max(width, low[site][0].shape[-2])
     plans: list[Plan] = []
     if maps:
-        plans.append(LoRA(width, alpha=width, at=narrow(model, list(maps))))
+        plans.append(holder("factors")(width, alpha=width, at=narrow(model, list(maps))))
     if tensors:
-        plans.append(Full(at=narrow(model, list(tensors))))
+        plans.append(holder("tensor")(at=narrow(model, list(tensors))))
 
     def fill(parts: list[Any]) -> None:
         for part in parts:
             if part.site in low:
                 a, b = low[part.site]
-                part.A.zero_()
-                part.B.zero_()
-                part.A[..., : a.shape[-2], :].copy_(a)
-                part.B[..., : b.shape[-1]].copy_(b)
+                more = width - a.shape[-2]
+                part.begin(nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more)))
             elif part.site in tensors:
-                part.tensor.add_(_sum(tensors[part.site], "svd" if how == "cat" else how, density, generator).to(part.tensor))
+                part.add(_sum(tensors[part.site], "svd" if how == "cat" else how, density, generator))
 
     plan = plans[0] if len(plans) == 1 else plans[0] + plans[1]
     return plan, fill, width, error

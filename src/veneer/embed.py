@@ -215,6 +215,11 @@ def _embedded(host: Host, site: Any, call: dict[str, Any]) -> Tensor | None:
 
 def cache_length(call: dict[str, Any]) -> int:
     """How many positions the cache among the arguments holds; 0 without one."""
+    return int(cache_size(call))
+
+
+def cache_size(call: dict[str, Any]) -> int | Tensor:
+    """`cache_length`, as a static cache counts it: a tensor on its device, so that nothing waits for that."""
     for key in CACHES:
         cache = call.get(key)
         if cache is None:
@@ -222,7 +227,8 @@ def cache_length(call: dict[str, Any]) -> int:
         length = getattr(cache, "get_seq_length", None)
         if length is not None:
             try:
-                return int(length())
+                size = length()
+                return size.clone() if isinstance(size, Tensor) else int(size)  # a static cache counts on in place
             except (TypeError, ValueError, NotImplementedError, IndexError, AttributeError):
                 pass
         if isinstance(cache, (tuple, list)) and cache:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from .errors import StoreError
 
 DAMAGED = "The file is damaged; take another copy"
 MOST_JSON = 64 << 20  # the description of a base with 100,000 tensors takes less
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_rehearsing: ContextVar[bool] = ContextVar("_rehearsing", default=False)
 STALE = 3600.0  # seconds after which a file that a killed process left aside is nobody's
 
 
@@ -52,6 +57,16 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """Within it `whole_folder` keeps nothing: what is written lies aside, can be read again there, and vanishes."""
+    before = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(before)
+
+
+@contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `path` when the block ends well, and vanishes when it does not.
 
@@ -60,15 +75,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StoreError("there is something here already", where=str(path), fix="Give a new folder, or an empty one")
     with _refusals(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        dry = _rehearsing.get()
+        if not dry:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=None if dry else path.parent))
         try:
             yield aside
-            os.chmod(aside, 0o755)
-            os.replace(aside, path)
+            if not dry:
+                os.chmod(aside, 0o755)
+                os.replace(aside, path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        _sync_folder(path.parent)
+        if not dry:
+            _sync_folder(path.parent)
 
 
 def sweep(folder: Path, keep: set[str], old: Any) -> None:
@@ -104,12 +123,37 @@ def _refusals(path: Path) -> Iterator[None]:
         raise StoreError("a folder is where the file should be", where=str(path), fix="Remove it, or give another path") from None
     except PermissionError as e:
         raise StoreError(f"cannot write: {e.strerror}", where=str(path), fix="Give a folder that you may write to") from e
-    except OSError as e:
-        try:
-            room = f"{shutil.disk_usage(path.parent).free >> 20} MiB are free there"
-        except OSError:
-            room = "Give another folder"
-        raise StoreError(f"cannot write: {e.strerror or e}", where=str(path), fix=room) from e
+    except StoreError:
+        raise
+    except Exception as e:
+        said = system_error(e) or (e.strerror or str(e) if isinstance(e, OSError) else "")
+        if not said:
+            raise
+        raise StoreError(f"cannot write: {said}", where=str(path), fix=room(path.parent)) from e
+
+
+def system_error(error: BaseException) -> str:
+    """What the system said of a full disk (a quota, a limit, a failing or read-only one), wherever in the chain of errors; ''
+    where it said nothing of the kind. Libraries in Rust put its number into their own message."""
+    seen: list[BaseException] = []
+    now: BaseException | None = error
+    while now is not None and now not in seen:
+        seen.append(now)
+        told = re.search(r"os error (\d+)", str(now))
+        number = now.errno if isinstance(now, OSError) else int(told[1]) if told else None
+        if number in NO_ROOM:
+            return os.strerror(number)
+        now = now.__cause__ or now.__context__
+    return ""
+
+
+def room(folder: Path) -> str:
+    """How much may be written there, in words."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return "Give another folder"
+    return f"{free / (1 << 20):,.1f} MiB are free there"
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

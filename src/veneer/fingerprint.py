@@ -29,14 +29,14 @@ def fingerprint(model: nn.Module, without: set[str]) -> dict[str, Any]:
     without  names of tensors that the adapter replaces whole, so that the base's own do not matter
     """
     from . import resolve
-    from .install import KEY
+    from .structure import base_parameters
 
     merged = model.__dict__["_veneer_state"].merged if "_veneer_state" in model.__dict__ else None
     kept = {i: d for i, (_, d) in merged.kept.items()} if merged is not None else {}
     added = {id(m._parameters[t]) for m, t in merged.added} if merged is not None else set()
     tensors = [
-        (n, p) for n, p in model.named_parameters()
-        if f"{KEY}." not in n and n not in without and p.is_floating_point() and id(p) not in added and not packed(p)
+        (n, p) for n, p in base_parameters(model)
+        if n not in without and p.is_floating_point() and id(p) not in added and not packed(p)
     ]  # fmt: skip
     head = {s.path for s in resolve.sites(model) if s.role == "head" and s.port == "param"}
     tied = {id(p) for n, p in tensors if n.rpartition(".")[0] not in head}

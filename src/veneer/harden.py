@@ -14,7 +14,7 @@ from .attach import state_of
 from .calls import evaluating, moved
 from .code import own_class
 from .errors import AdapterError, CapabilityError, PlanError
-from .methods.parts import module_at
+from .methods.part import module_at
 from .plan import whole
 
 

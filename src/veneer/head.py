@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .calls import autocasting
+from .code import own_class
 from .ops.loss import linear_cross_entropy
 
 
@@ -68,7 +70,7 @@ class FusedHead:
         self.head, self.compile, self.armed = head, compile, False
         self.own_loss = model.loss_function
         self.had_loss = model.__dict__.get("_loss_function")
-        self.labels_at = list(inspect.signature(type(model).forward).parameters).index("labels") - 1
+        self.labels_at = list(inspect.signature(own_class(model).forward).parameters).index("labels") - 1
         self.hooks = (
             model.register_forward_pre_hook(self.before, with_kwargs=True),
             model.register_forward_hook(self.after, always_call=True),
@@ -104,7 +106,7 @@ class FusedHead:
     def loss(
         self, logits: Any, labels: Any, vocab_size: int, num_items_in_batch: Any = None, ignore_index: int = -100, shift_labels: Any = None, **kwargs: Any
     ) -> Any:
-        if not isinstance(logits, Pending) or logits.made is not None or torch.is_autocast_enabled(logits.h.device.type):
+        if not isinstance(logits, Pending) or logits.made is not None or autocasting(logits.h):
             return self.own_loss(
                 _made(logits), labels, vocab_size, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, shift_labels=shift_labels, **kwargs
             )
@@ -125,5 +127,5 @@ def fused_head(model: Any, compile: bool) -> FusedHead | None:
     except (AttributeError, ImportError, NotImplementedError, TypeError):
         return None
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and "forward" not in head.__dict__
-    takes_labels = "labels" in inspect.signature(type(model).forward).parameters
+    takes_labels = "labels" in inspect.signature(own_class(model).forward).parameters
     return FusedHead(model, head, compile) if plain and loss is ForCausalLMLoss and takes_labels else None

@@ -16,36 +16,12 @@ from torch import Tensor, nn
 from .compose.gate import shape_like
 from .ops.maps import place, take
 from .recipe import Cell, Recipe
-from .routing import Frame, Run, cut, folds, gate_of, shared_by_rows
+from .routing import Frame, Routing, Run, cut, folds, gate_of, shared_by_rows
 from .tensors import first_of, needs_call, run_tensors, with_now
 
 if TYPE_CHECKING:
-    from .methods.parts import Part
-
-
-class State:
-    """All that attaching has put on one model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.hosts: dict[str, Host] = {}
-        self.adapters: dict[str, Any] = {}
-        self.active: tuple[str, ...] = ()
-        self.enabled = True
-        self.frame = Frame()
-        self.merged: Any = None
-        self.routable = False
-        self.trainable: dict[str, bool] = {}
-        self.widened: Any = None  # a part whose state came once for all rows of a routed batch
-        self.fuse: Callable[[], None] | None = None  # set by vn.optimize: gives hosts their bundles
-        self.optimized: Callable[[], None] | None = None
-        self.undo: list[Callable[[], None]] = []
-
-    def refresh(self) -> None:
-        """Work out every host's recipe anew: after attach, detach or activate."""
-        for host in self.hosts.values():
-            host.refresh()
-        if self.fuse is not None:
-            self.fuse()
+    from .methods.part import Part
+    from .state import State
 
 
 class Host:
@@ -66,10 +42,12 @@ class Host:
         self.embedding: Any = None  # () -> the token embedding, where it has prompts
         self.memory_parts: list[Part] = []  # prompts in an encoder whose output this module attends to
         self.mixins: set[type] = set()
+        self.prepared: list[Recipe | None] = []  # for the routings that vn.route has made, by their number
         self._routed: dict[tuple[str, ...], Recipe | None] = {}
 
     # -- recipes ------------------------------------------------------------------------------------------------------
     def refresh(self) -> None:
+        self.prepared.clear()
         self._routed.clear()
         self.reading = any(p.acts == "tensor" for p in self.parts)
         self.recipe = self.make(self.state.active)
@@ -96,15 +74,26 @@ class Host:
                 getattr(r, part.acts).append(part)
         r.memory = [p for p in self.memory_parts if p.adapter in names]
         r.outputs = [stages[k] for k in sorted(stages)]
+        r.later = r.outputs[1:]
         return r if r else None
 
     def kv_now(self) -> list[Any]:
         """The kv parts in force in this call."""
         if not self.state.enabled:
             return []
-        routing = self.state.frame.routing
-        r = self.recipe if routing is None else self._routed.get(routing.names)
+        r = self.recipe_now(self.state.frame.routing)
         return r.kv if r is not None else []
+
+    def recipe_now(self, routing: Routing | None) -> Recipe | None:
+        if routing is None:
+            return self.recipe
+        if 0 <= routing.number < len(self.prepared):
+            return self.prepared[routing.number]
+        if self.path in routing.recipes:
+            return routing.recipes[self.path]
+        if routing.names not in self._routed:  # some rows by themselves
+            self._routed[routing.names] = self.make(routing.names, routed=True)
+        return self._routed[routing.names]
 
     # -- one call -----------------------------------------------------------------------------------------------------
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -112,17 +101,28 @@ class Host:
         if not state.enabled:
             return forward(*args, **kwargs)
         routing = state.frame.routing
-        if routing is None:
-            r = self.recipe
-        else:
-            if routing.names not in self._routed:
-                self._routed[routing.names] = self.make(routing.names, routed=True)
-            r = self._routed[routing.names]
+        r = self.recipe_now(routing)
         if r is None:
             if routing is not None and self.reading:
                 return with_now(self, [], forward, args, kwargs)
             return forward(*args, **kwargs)
+        if r.alone and len(args) == 1 and not kwargs and state.frame.batch:
+            return self.by_slots(r, forward, args[0], state.frame)
         return self.apply(r, forward, args, kwargs)
+
+    def by_slots(self, r: Recipe, forward: Callable[..., Any], x: Tensor, frame: Frame) -> Any:
+        """`apply` in a call within the model's, where slots are all that acts here."""
+        slots, i = r.slots, r.place
+        quick = slots.quick(i)
+        if quick is None:
+            y = slots.product(i, x, True)
+            if y is not None:
+                return y
+        y = forward(x)
+        if quick is not None and quick.takes(x, y):
+            return quick.add(i, x, y)
+        own = slots.call(i, x, y, True)
+        return own if own is not None else self._outward(r.outputs[0], x, y, frame)
 
     def apply(self, r: Recipe, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame = self.state.frame
@@ -147,13 +147,19 @@ class Host:
         if r.tensors or (frame.routing is not None and self.reading):
             y = run_tensors(self, r.tensors, x, call, args, kwargs, frame)
         else:
-            y: Any = r.bundle.call(r.place, x) if r.bundle is not None else None
+            y: Any = None
+            if r.slots is not None:
+                y = r.slots.product(r.place, x, frame.batch > 0)
+            elif r.bundle is not None:
+                y = r.bundle.call(r.place, x)
             fused = y is not None
             if not fused:
                 y = call(*args, **kwargs)
-        stages = r.outputs[1:] if fused else r.outputs
-        if stages:
-            first = y if isinstance(y, Tensor) else y[0]
+        first = y if isinstance(y, Tensor) else y[0]
+        own = r.slots.call(r.place, x, first, frame.batch > 0) if r.slots is not None and not fused else None
+        stages = r.outputs if own is None and not fused else r.later
+        if own is not None or stages:
+            first = first if own is None else own
             for stage in stages:
                 first = self._outward(stage, x, first, frame)
             y = first if isinstance(y, Tensor) else type(y)((first, *y[1:])) if isinstance(y, (tuple, list)) else _set_first(y, first)
@@ -243,9 +249,9 @@ class Host:
         d = rule(x, take(y, s, out_dim))
         if part.gate is not None and part.gate.joint is None:
             width_last = not (part.site.port == "weight" and part.map.out_dim == 1)
-            d = d * self.gate(part, y if part.reads_state else x, d, frame, mask, folds(total.shape[dim], frame), width_last)
+            d = d * self.gate(part, part.sees(x, y), d, frame, mask, folds(total.shape[dim], frame), width_last)
         if part.places is not None:
-            d = d * self._shaped(part.places(d.shape[1 - dim], mask, prompt, frame.past, d), d)
+            d = d * self._shaped(part.places(d.shape[1 - dim], mask, prompt, int(frame.past), d), d)
         d = place(d, s, out_dim).to(total.dtype)
         return total + d if rows is None else total.index_add(dim, rows, d)
 

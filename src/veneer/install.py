@@ -6,12 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from . import resolve
 from .embed import signature_of
-from .host import Host, State
-from .methods.parts import module_at
+from .host import Host
+from .methods.part import module_at
+from .ops.weights import derivable, plain
 from .recipe import Cell, Tap
-from .shells import FrameMixin, HostMixin, LayerMixin, subclass
+from .shells import DerivedMixin, FrameMixin, HostMixin, LayerMixin, ProductMixin, SavingMixin, subclass
 from .sites import Site
+from .state import State
+from .structure import base_modules
 from .ties import Ties
 
 KEY = "_veneer"
@@ -45,6 +49,9 @@ def install(model: nn.Module, state: State, record: Any) -> None:
         if mine is None:
             mine = nn.ModuleList()
             box.add_module(f"@{record.name}", mine)
+            if record.name in state.adapters:  # put back (settled, or not after all): the order of parameters stays that of attaching
+                for key in [k for k in map("@{}".format, state.adapters) if k in box._modules]:
+                    box._modules[key] = box._modules.pop(key)
         mine.append(part)
         part.train(module.training)
         if not part.acts:  # a bank
@@ -56,7 +63,7 @@ def install(model: nn.Module, state: State, record: Any) -> None:
         if site.port in ("hidden", "kv") and part.acts != "input":
             part.cell = Cell()
             part.seen = [Tap() for _ in part.taps]
-            for path, cell in ((site.enter, part.cell), *zip(part.taps, part.seen, strict=True)):
+            for path, cell in ((part.enter or site.enter, part.cell), *zip(part.taps, part.seen, strict=True)):
                 enter = host_of(model, state, path)
                 enter.captures.append((part, cell))
                 touched.setdefault(enter.path, set()).add(HostMixin)
@@ -79,8 +86,31 @@ def install(model: nn.Module, state: State, record: Any) -> None:
         _no_fast_path(model, state, site.path)
     if varying or any(p.acts == "embed" for p in record.parts):
         frame_hosts(model, state, touched, layers)
+    if not state.adapters:
+        for path in opaque(model):
+            touched.setdefault(path, set()).add(DerivedMixin)
     for path, kinds in touched.items():
         exchange(model, state, path, kinds)
+
+
+def opaque(model: nn.Module) -> list[str]:
+    """The packed linears that no gradient passes through, adapted or not: what lies below them must be reached too. Asked
+    once for each sort of module."""
+    known: dict[Any, bool] = {}
+    out = []
+    for s in resolve.sites(model):
+        if s.port != "weight" or s.kind != "linear":
+            continue
+        module = module_at(model, s.path)
+        p = module._parameters.get(s.tensor or "weight")
+        if p is not None and (p.is_meta or (p.is_floating_point() and plain(p, s))):
+            continue
+        sort = type(module), None if p is None else type(p.data)
+        if sort not in known:
+            known[sort] = derivable(module, s.inp, p)
+        if not known[sort]:
+            out.append(s.path)
+    return out
 
 
 def _put(model: nn.Module, state: State, part: Any, touched: dict[str, set[type]]) -> Host:
@@ -100,9 +130,7 @@ def _put(model: nn.Module, state: State, part: Any, touched: dict[str, set[type]
 
 def frame_hosts(model: nn.Module, state: State, touched: dict[str, set[type]], layers: set[str]) -> None:
     """Towers note their mask; layers that may be checkpointed carry it along."""
-    for path, module in model.named_modules():
-        if KEY in path.split("."):
-            continue
+    for path, module in base_modules(model):
         parts = path.split(".")
         if not any(p.isdigit() for p in parts):
             if path == "" or "attention_mask" in signature_of(module).parameters:
@@ -114,14 +142,14 @@ def frame_hosts(model: nn.Module, state: State, touched: dict[str, set[type]], l
 
 
 def layer_paths(model: nn.Module) -> set[str]:
-    return {p for p, m in model.named_modules() if hasattr(m, "gradient_checkpointing") and p.split(".")[-1].isdigit()}
+    return {p for p, m in base_modules(model) if hasattr(m, "gradient_checkpointing") and p.split(".")[-1].isdigit()}
 
 
 def _decoder_of(model: nn.Module, site: Site) -> str | None:
     """The tower that attends to what the tower of `site` returns, if there is one."""
     if site.tower != "encoder":
         return None
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         if path.split(".")[-1] == "decoder" and "encoder_attention_mask" in signature_of(module).parameters:
             return path
     return None
@@ -139,7 +167,7 @@ def _no_fast_path(model: nn.Module, state: State, path: str) -> None:
             state.undo.append(lambda m=module, v=own: setattr(m, "activation_relu_or_gelu", v))
 
 
-ORDER = (LayerMixin, FrameMixin, HostMixin)
+ORDER = (LayerMixin, SavingMixin, FrameMixin, HostMixin, DerivedMixin, ProductMixin)
 
 
 def exchange(model: nn.Module, state: State, path: str, kinds: set[type]) -> None:

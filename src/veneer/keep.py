@@ -58,27 +58,45 @@ def _latency(value: Any) -> float:
 
 
 def choose(rows: list[dict[str, Any]], keep: Keep, threshold: float, measure: Callable[[list[int]], float]) -> float | None:
-    """Mark the rows that are kept, best first; return the added latency that was measured, if one was asked for.
+    """Mark the rows that are kept; return the added latency that was measured, if one was asked for.
+
+    Rows are taken by their worth (the measured loss, else the mean gate), or by their worth for each parameter, whichever
+    keeps more worth: a knapsack's greedy answers (Dantzig 1957).
 
     measure   numbers of rows that do not merge -> the latency that they add, as a share
 
     Raises: PlanError where none would be kept; it says what the cheapest needs.
     """
-    order = sorted(range(len(rows)), key=lambda i: (rows[i]["loss"] if rows[i]["loss"] is not None else rows[i]["mean"], rows[i]["mean"]), reverse=True)
     total = sum(r["parameters"] for r in rows)
-    used, slow, added, seen = 0, [], 0.0, []
-    for place, i in enumerate(order):
-        r = rows[i]
-        r["kept"] = r["mean"] >= threshold and (keep.parts is None or place < keep.parts)
-        if r["kept"] and keep.share is not None:
-            r["kept"] = used + r["parameters"] <= total * keep.share
-        if r["kept"] and keep.latency is not None and not r["merges"]:
-            now = measure([*slow, i]) if keep.latency > 0 else float("inf")
-            seen.append(now)
-            r["kept"] = now <= keep.latency
-            slow, added = ([*slow, i], now) if r["kept"] else (slow, added)
-        used += r["parameters"] if r["kept"] else 0
-    if not any(r["kept"] for r in rows):
+    seen: list[float] = []
+
+    def worth(i: int) -> float:
+        return rows[i]["mean"] if rows[i]["loss"] is None else rows[i]["loss"]
+
+    def fill(order: list[int]) -> tuple[list[int], float]:
+        taken, used, slow, added = [], 0, [], 0.0
+        for place, i in enumerate(order):
+            r = rows[i]
+            fits = r["mean"] >= threshold and (keep.parts is None or place < keep.parts)
+            if keep.share is not None:
+                fits = fits and used + r["parameters"] <= total * keep.share
+            if fits and keep.latency is not None and not r["merges"]:
+                now = measure([*slow, i]) if keep.latency > 0 else float("inf")
+                seen.append(now)
+                fits = now <= keep.latency
+                slow, added = ([*slow, i], now) if fits else (slow, added)
+            if fits:
+                taken.append(i)
+                used += r["parameters"]
+        return taken, added
+
+    orders = [sorted(range(len(rows)), key=lambda i: (worth(i), rows[i]["mean"]), reverse=True)]
+    if keep.share is not None:
+        orders.append(sorted(range(len(rows)), key=lambda i: worth(i) / max(1, rows[i]["parameters"]), reverse=True))
+    taken, added = max(map(fill, orders), key=lambda found: sum(map(worth, found[0])))
+    for i, r in enumerate(rows):
+        r["kept"] = i in taken
+    if not taken:
         facts = [
             f"the largest mean gate is {max(r['mean'] for r in rows):.3f}",
             f"the smallest group is {min(r['parameters'] for r in rows) / total:.3f} of the gated parameters",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .adapter import known_names
 from .attach import state_of
 from .errors import CapabilityError, MergeError, did_you_mean
-from .methods.parts import MapPart, Part, TensorPart, module_at
+from .methods.part import Part, module_at
+from .methods.parts import MapPart, TensorPart
 from .ops.maps import place, take
 from .ops.weights import asked, plain
 from .requantise import INTO, holding
@@ -57,6 +58,8 @@ def merge(model: nn.Module, names: str | Sequence[str] | None = None, *, into: s
         raise MergeError(f"{list(state.merged.names)} are merged already", fix="vn.unmerge(model) first")
     if into is not None and into not in INTO:
         raise MergeError(f"into={into!r}", fix=did_you_mean(str(into), INTO))
+    if state.resting:
+        raise MergeError("the base's weights are in CPU memory (offload_base)", fix="vn.unoptimize(model) first")
     wanted = state.active if names is None else known_names(state, names)
     if not wanted:
         raise MergeError("there is no active adapter to merge", fix="Name one: vn.merge(model, 'mine')")
@@ -165,8 +168,8 @@ def _check(model: nn.Module, state: Any, names: tuple[str, ...], parts: list[Par
                 fix="Untie them first (config.tie_word_embeddings=False and a copy of the weight), or keep the adapter attached",
             )  # fmt: skip
         for q in seen.setdefault(id(param), []):
-            # each reads W as it was before the other, and at its own module: their order in one W would be another
-            if q.site.path != p.site.path and "input" in (p.acts, q.acts) and any(x.acts == "output" and x.reads_weight() for x in (p, q)):
+            # where the tensor is tied each reads W as it was before the other: their order in one W would be another
+            if (q.site.path != p.site.path or p.echoes) and "input" in (p.acts, q.acts) and any(x.acts == "output" and x.reads_weight() for x in (p, q)):
                 raise MergeError(
                     f"{q.method_name} at {q.site.path} and {p.method_name} here change one tied tensor from both sides", where=where,
                     fix="Merge one of them, or keep both attached",

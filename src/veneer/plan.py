@@ -12,7 +12,7 @@ from .errors import PlanError, did_you_mean
 
 if TYPE_CHECKING:
     from .methods.base import Method
-    from .methods.parts import Part
+    from .methods.part import Part
     from .sites import Site
 
 
@@ -71,8 +71,8 @@ class Plan:
         """The plan that `data` describes.
 
         `data` is a preset's name, a list (side by side), or a mapping with one of the keys `method` (and that method's
-        options), `sum`, `stack`, `mixture`, `fuse` (lists), `gated` or `frozen` (a plan); beside each, the options of the
-        function of that name.
+        options), `sum`, `stack`, `mixture`, `fuse` (lists), `gated` or `frozen` (a plan), `use` (an adapter's name); beside
+        each, the options of the function of that name.
 
         Raises: PlanError, for an unknown method, key or value, naming the nearest.
         """
@@ -86,6 +86,7 @@ class Term:
     """One method of a plan, the stage at which it acts, and what gates it (None: nothing).
 
     member  which member of a mixture or a fusion it belongs to;  held: it is saved with the adapter and not trained
+    pace    its learning rate, as a multiple of the run's (vn.paced)
     """
 
     method: Method
@@ -93,6 +94,7 @@ class Term:
     gate: Gate | None
     member: int = 0
     held: bool = False
+    pace: float = 1.0
 
     @property
     def unscaled(self) -> bool:
@@ -185,7 +187,7 @@ class Stack(Plan):
     __repr__ = __str__
 
 
-OPTIONS = ("per", "gate", "bias", "temperature")
+OPTIONS = ("per", "gate", "bias", "temperature", "rate", "drop")
 PER = ("example", "token", "constant")
 GATES = ("deviation", "published")
 
@@ -201,6 +203,8 @@ class Gated(Gate):
     gate: str = "deviation"
     bias: float = 0.0
     temperature: float = 1.0
+    rate: float = 1.0
+    drop: float = 0.0
 
     def inside(self) -> tuple[Plan, ...]:
         return (self.plan,)
@@ -215,7 +219,9 @@ class Gated(Gate):
         if part.acts == "kv" and per == "token" and self.gate == "published":
             raise PlanError("gate='published' scales a prefix's keys for a whole example", fix="Use per='example' or gate='deviation'")
         causal = site.causal and part.acts != "embed"
-        return Scale(width, per=per, bias=self.bias, temperature=self.temperature, causal=causal, new=new)
+        made = Scale(width, per=per, bias=self.bias, temperature=self.temperature, causal=causal, new=new)
+        made.rate, made.drop = self.rate, self.drop
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"gated": self.plan.to_dict()}
@@ -231,7 +237,9 @@ class Gated(Gate):
     __repr__ = __str__
 
 
-def gated(plan: Plan, *, per: str = "example", gate: str = "deviation", bias: float = 0.0, temperature: float = 1.0) -> Plan:
+def gated(
+    plan: Plan, *, per: str = "example", gate: str = "deviation", bias: float = 0.0, temperature: float = 1.0, rate: float = 1.0, drop: float = 0.0
+) -> Plan:  # fmt: skip
     """Scale every deviation of `plan` by a learnt gate (UniPELT; Mao et al., ACL 2022, arXiv 2110.07577).
 
         h' = h + g · δ(x, h),   g = mean over real tokens of sigmoid((w·x + b) / temperature)
@@ -247,21 +255,28 @@ def gated(plan: Plan, *, per: str = "example", gate: str = "deviation", bias: fl
     gate    what the gate of a prefix scales. 'deviation' (default): out = attn + g·(attn with prefix - attn), off at
             g = 0. 'published': the prefix's keys and values, as in the paper's code; there keys of zero still draw
             attention at g = 0.
+    bias    where a gate starts: 0 (the paper) halves every deviation, 3 leaves 95% of it
+    rate    the gates' learning rate as a multiple of the run's; the methods' own are vn.paced's
+    drop    in training a part is left out of an example this often (g = 0, and else g / (1 - drop)), so that the others learn
+            to do without it, and settling loses less: LayerDrop (Fan et al., ICLR 2020, arXiv 1909.11556) for parts
 
-    Raises: PlanError, for an unknown `per` or `gate`, a temperature that is not positive, or gates within gates.
+    Raises: PlanError, for an unknown `per` or `gate`, a temperature or a rate that is not positive, a `drop` that is not from
+    0 up to 1, or gates within gates.
     """
     check_plan(plan, "gated")
     if per not in PER:
         raise PlanError(f"gated: per is {short(per)}", fix=did_you_mean(str(per), PER))
     if gate not in GATES:
         raise PlanError(f"gated: gate is {short(gate)}", fix=did_you_mean(str(gate), GATES))
-    for key, value in (("bias", bias), ("temperature", temperature)):
+    for key, value in (("bias", bias), ("temperature", temperature), ("rate", rate), ("drop", drop)):
         if not finite(value):
             raise PlanError(f"gated: {key} must be a finite number, not {short(value)}")
-    if temperature <= 0:
-        raise PlanError(f"gated: temperature must be positive, not {temperature!r}")
+        if key in ("temperature", "rate") and value <= 0:
+            raise PlanError(f"gated: {key} must be positive, not {value!r}")
+    if not 0 <= drop < 1:
+        raise PlanError(f"gated: drop must be from 0 up to, not including, 1, not {drop!r}")
     ungated(plan, "gated")
-    return Gated(plan, per, gate, float(bias), float(temperature))
+    return Gated(plan, per, gate, float(bias), float(temperature), float(rate), float(drop))
 
 
 def ungated(plan: Plan, who: str) -> None:

@@ -66,25 +66,55 @@ class Probe:
 
         From an SVD that is carried along batch by batch, so that memory is k · in and not in².
         """
-        from .methods.parts import module_at
-
         sketch: dict[str, Tensor] = {}
         energy: dict[str, float] = {}
         wanted = {s.path: min(k + OVER, s.inp) for s in sites}
 
+        def see(path: str, x: Tensor) -> None:
+            energy[path] = energy.get(path, 0.0) + float((x * x).sum())
+            both = torch.cat([sketch[path], x]) if path in sketch else x
+            _, s, v = torch.linalg.svd(both, full_matrices=False)
+            n = wanted[path]
+            sketch[path] = s[:n, None] * v[:n]
+
+        self._watched(sites, see)
+        out = []
+        for s in sites:
+            length = sketch[s.path].norm(dim=1)
+            out.append((sketch[s.path][:k] / length[:k, None].clamp(min=1e-12), length[:k] ** 2 / max(energy[s.path], 1e-12)))
+        return out
+
+    def moments(self, sites: list[Site]) -> list[Tensor]:
+        """For each site the mean of x xᵀ (in, in) over what its module is given, uncentred, in fp32."""
+        total: dict[str, Tensor] = {}
+        count: dict[str, int] = {}
+
+        def see(path: str, x: Tensor) -> None:
+            total[path] = total.get(path, 0) + x.t() @ x
+            count[path] = count.get(path, 0) + len(x)
+
+        self._watched(sites, see)
+        return [total[s.path] / count[s.path] for s in sites]
+
+    def _watched(self, sites: list[Site], see: Callable[[str, Tensor], None]) -> None:
+        """Show `see` the inputs (n, in) of every site's module, by its path, batch by batch, in fp32.
+
+        Raises: CapabilityError for a module that no batch reaches.
+        """
+        from .methods.part import module_at
+
+        reached: set[str] = set()
+
         def watch(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any = None) -> None:
                 x = args[0] if args else next(iter((kwargs or {}).values()))
-                x = x.detach().flatten(0, -2).float()
-                energy[path] = energy.get(path, 0.0) + float((x * x).sum())
-                both = torch.cat([sketch[path], x]) if path in sketch else x
-                _, s, v = torch.linalg.svd(both, full_matrices=False)
-                n = wanted[path]
-                sketch[path] = s[:n, None] * v[:n]
+                reached.add(path)
+                see(path, x.detach().flatten(0, -2).float())
 
             return hook
 
-        handles = [module_at(self.model, p).register_forward_pre_hook(watch(p), with_kwargs=True) for p in wanted]
+        paths = dict.fromkeys(s.path for s in sites)
+        handles = [module_at(self.model, p).register_forward_pre_hook(watch(p), with_kwargs=True) for p in paths]
         try:
             with self._base(), torch.no_grad():
                 for batch in self.batches:
@@ -92,16 +122,30 @@ class Probe:
         finally:
             for h in handles:
                 h.remove()
-        out = []
-        for s in sites:
-            if s.path not in sketch:
-                raise CapabilityError("no batch reaches this module", where=s.path, fix="Give batches as in training, or leave it out of `at`")
-            length = sketch[s.path].norm(dim=1)
-            out.append((sketch[s.path][:k] / length[:k, None].clamp(min=1e-12), length[:k] ** 2 / max(energy[s.path], 1e-12)))
-        return out
+        for path in paths:
+            if path not in reached:
+                raise CapabilityError("no batch reaches this module", where=path, fix="Give batches as in training, or leave it out of `at`")
+
+    def cache(self, sites: list[Site], n: int) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values (heads, n, head_dim) that attention at `sites` keeps of the first n tokens of the first row.
+
+        Raises: CapabilityError where the base keeps no cache for them, or the row is shorter.
+        """
+        row = next(_rows(self.batches[0]))
+        with self._base(), torch.no_grad():
+            kept = getattr(call(self.model, {**row, "use_cache": True}), "past_key_values", None)
+        layers = getattr(getattr(kept, "self_attention_cache", kept), "layers", [])
+        found = [(layers[s.layer].keys, layers[s.layer].values) for s in sites if s.layer is not None and s.layer < len(layers)]
+        if len(found) < len(sites) or any(k is None or k.dim() != 4 for k, _ in found):
+            raise CapabilityError("the base keeps no cache of keys and values here", where=sites[0].path, fix="Choose the attention of a causal decoder")
+        if found[0][0].shape[2] < n:
+            raise CapabilityError(
+                f"the first row of the batches has {found[0][0].shape[2]} tokens, and {n} are needed", fix="Give a longer text, or a shorter length"
+            )
+        return [(k[0, :, :n], v[0, :, :n]) for k, v in found]
 
     def _parameter(self, site: Site) -> nn.Parameter:
-        from .methods.parts import module_at
+        from .methods.part import module_at
 
         p = module_at(self.model, site.path)._parameters.get(site.tensor or "weight")
         if p is None or not p.is_floating_point():

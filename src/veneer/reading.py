@@ -21,6 +21,7 @@ class Composer:
     make: Callable[..., Plan]
     options: tuple[str, ...] = ()
     many: bool = False  # takes a list of plans
+    named: bool = False  # takes a name, of a trained adapter
 
 
 def _composers() -> dict[str, Composer]:
@@ -63,6 +64,8 @@ def parse(data: Any, where: str, depth: int = 0) -> Plan:
             fix = did_you_mean(str(key), c.options) if c.options else f"{head!r} stands alone"
             raise PlanError(f"{head!r} has no option {short(key)}", where=where, fix=fix)
     given = data[head]
+    if c.named:
+        return _at(where, lambda: c.make(given, **rest))
     if not c.many:
         inside = parse(given, f"{where}.{head}", depth + 1)
         return _at(where, lambda: c.make(inside, **rest))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .methods.parts import Part
+    from .methods.part import Part
 
 
 class Cell:
@@ -50,6 +50,9 @@ class Recipe:
     memory: list[Part] = field(default_factory=list)
     bundle: Any = None  # fused.Bundle: runs the module and its first output stage in one operation
     place: int = 0
+    later: list[list[Part]] = field(default_factory=list)  # the stages after the first
+    alone: bool = False  # nothing but the slots acts here
+    slots: Any = None  # slots.Slots: the first output stage of all rows of a routed batch
 
     def __bool__(self) -> bool:
         return any((self.captures, self.inputs, self.outputs, self.tensors, self.kv, self.embed, self.memory))

@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import AdapterError, CapabilityError
 
 if TYPE_CHECKING:
-    from .methods.parts import Part
+    from .methods.part import Part
 
 
 class Routing:
@@ -23,6 +23,12 @@ class Routing:
         self.by_row = tuple(rows)
         self.size = len(self.by_row)
         self.names = tuple(dict.fromkeys(n for row in self.by_row for n in row))
+        self.number = -1  # how deep it is nested in others, while hosts have its recipes by this number
+        self.recipes: dict[str, Any] = {}  # and by their paths
+        self.slots: list[Any] = []  # the stacks of its adapters
+        self.kind: Any = None  # groups.Kind
+        self.fused = False  # whether vn.optimize joins maps and their parts
+        self.kept: dict[Any, Any] = {}  # numbers on a device, and orders of slots: made once for all maps
         self._rows: dict[tuple[str, int, Any], Tensor | None] = {}
         self._of: dict[str, Routing] = {}
         self._runs: dict[frozenset[str], tuple[Run, ...] | None] = {}
@@ -33,6 +39,31 @@ class Routing:
         if name not in self._of:
             self._of[name] = Routing(names for names in self.by_row if name in names)
         return self._of[name]
+
+    def tensor(self, numbers: Iterable[int], device: Any) -> Tensor:
+        """`numbers` on `device`."""
+        key = (tuple(numbers), device)
+        if key not in self.kept:
+            self.kept[key] = torch.tensor(key[0], device=device)
+        return self.kept[key]
+
+    def sets(self, present: frozenset[str]) -> tuple[list[tuple[str, ...]], list[int] | None]:
+        """The sets of adapters among `present` that rows use, and the number of each row's; None where the rows are in the order of
+        the sets, as many for each, so that nothing has to be looked up."""
+        if present not in self.kept:
+            by_row = [tuple(n for n in row if n in present) for row in self.by_row]
+            sets = list(dict.fromkeys(by_row))
+            which = {names: e for e, names in enumerate(sets)}
+            numbers, each = [which[row] for row in by_row], self.size // len(sets)
+            self.kept[present] = sets, None if numbers == [e for e in range(len(sets)) for _ in range(each)] else numbers
+        return self.kept[present]
+
+    def order(self, rows: list[int], sets: list[tuple[str, ...]], n: int) -> Order:
+        """`rows` of n for the sets with a name, one after another."""
+        key = (tuple(rows), tuple(i for i, names in enumerate(sets) if names), len(sets), n)
+        if key not in self.kept:
+            self.kept[key] = Order(self, *key)
+        return self.kept[key]
 
     def rows(self, name: str, n: int, device: Any) -> Tensor | None:
         """Row numbers of `name` in a tensor whose batch dimension has n entries (rows times beams, windows, tokens)."""
@@ -92,6 +123,34 @@ class Routing:
         return self._frames[key][1]
 
 
+class Order(NamedTuple):
+    """Which of n rows of a stack are at which places of one of `size` rows: rows[i] at places[i], and zeros elsewhere."""
+
+    routing: Routing
+    rows: tuple[int, ...]
+    places: tuple[int, ...]
+    size: int
+    n: int
+
+    @property
+    def same(self) -> bool:
+        return self.rows == self.places == tuple(range(self.n)) and self.size == self.n
+
+    def forth(self, s: Tensor) -> Tensor:
+        """(size, …) from (n, …)."""
+        chosen = s.index_select(0, self.routing.tensor(self.rows, s.device))
+        if len(self.rows) == self.size:
+            return chosen
+        return s.new_zeros(self.size, *s.shape[1:]).index_copy_(0, self.routing.tensor(self.places, s.device), chosen)
+
+    def back(self, s: Tensor) -> Tensor:
+        """(n, …) from (size, …)."""
+        if len(self.rows) < self.n:
+            return Order(self.routing, self.places, self.rows, self.n, self.size).forth(s)
+        which = sorted(range(self.n), key=self.rows.__getitem__)
+        return s.index_select(0, self.routing.tensor([self.places[i] for i in which], s.device))
+
+
 class Run(NamedTuple):
     """Rows `start` to `stop` (not included), which use the adapters `names`."""
 
@@ -117,7 +176,7 @@ class Frame:
     mask: Tensor | None = None
     batch: int = 0
     cached: bool = False
-    past: int = 0
+    past: int | Tensor = 0
     memo: dict[Any, Tensor] | None = None
     prompt: Tensor | None = None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops.weights import Passed
 from .routing import Frame, Routing, shared_by_rows
 
 
@@ -21,6 +22,15 @@ class HostMixin:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_veneer_host"].run(super().forward, args, kwargs)  # type: ignore[misc]
+
+
+class DerivedMixin:
+    """A linear module whose own code has no derivative: see ops/weights.py."""
+
+    _veneer_generated = True
+
+    def forward(self, x: Tensor) -> Any:
+        return Passed.apply(x, self) if torch.is_grad_enabled() and x.requires_grad else super().forward(x)  # type: ignore[misc]
 
 
 class FrameMixin:
@@ -42,9 +52,9 @@ class FrameMixin:
         cache = next((given[k] for k in ("cache", "past_key_values", "cache_params") if given.get(k) is not None), None)
         past = before.past
         if cache is not None:
-            from .embed import cache_length
+            from .embed import cache_size
 
-            past = cache_length(given)
+            past = cache_size(given)
         memo = frame.memo
         if cache is not None and hasattr(cache, "__dict__"):
             memo = cache.__dict__.setdefault("_veneer_memo", {})
@@ -53,6 +63,7 @@ class FrameMixin:
         state.frame = replace(frame, cached=cache is not None, past=past, memo=memo)
         if before.routing is not None and not before.batch:
             state.widened = None
+            state.ready(before.routing, isinstance(past, Tensor) or past > 0)
         try:
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
         except RuntimeError as e:
@@ -106,14 +117,41 @@ class LayerMixin:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, _veneer_frame: Frame | None = None, **kwargs: Any) -> Any:
-        if _veneer_frame is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
         state = self.__dict__["_veneer_host"].state
+        # a compiler that traces the checkpoint allows no change to what lies outside, and none is needed in the forward pass
+        if _veneer_frame is None or state.frame is _veneer_frame:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         before, state.frame = state.frame, _veneer_frame
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             state.frame = before
+
+
+class ProductMixin:
+    """A module whose own forward is y = W x + b with W from its `Product`, where it has one."""
+
+    _veneer_generated = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.__dict__.get("_veneer_product")
+        # a model that was moved since keeps to its own weight
+        if p is None or x.device != p.weight.w.device:
+            return super().forward(x)  # type: ignore[misc]
+        return p(x, self.bias)  # type: ignore[attr-defined]
+
+
+class SavingMixin:
+    """A layer that keeps little for the backward pass: see saving.py. It acts outside of what is compiled."""
+
+    _veneer_generated = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        saving = self.__dict__.get("_veneer_saving")
+        own = getattr(self, "gradient_checkpointing", False)  # the model's own way comes first
+        if saving is None or own or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return saving.call(super().__call__, args, kwargs)  # type: ignore[misc]
 
 
 _CLASSES: dict[Any, type] = {}

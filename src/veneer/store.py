@@ -17,8 +17,9 @@ from .build import make_parts
 from .errors import CapabilityError, StoreError, did_you_mean
 from .files import DAMAGED, digest, read_json, read_tensors, sweep, write_whole
 from .fingerprint import check_form, compare, fingerprint, gathered
+from .formats import find, reader
 from .methods.base import Build
-from .methods.parts import like
+from .methods.part import like
 from .plan import Plan
 
 FORMAT, VERSION = "veneer", 1
@@ -121,10 +122,14 @@ def replaced(record: Record) -> set[str]:
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
-def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, activate: bool = True, check_base: bool = True) -> Adapter:
-    """Attach the adapter saved in the folder `path`, in either format, as `name` (default: its own name).
+def load(
+    model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, activate: bool = True, check_base: bool = True, head: bool = True
+) -> Adapter:
+    """Attach the adapter saved in the folder `path` as `name` (default: its own name): this
+    library's, Hugging Face PEFT's or AdapterHub's.
 
     check_base  refuse a base of other shapes or other numbers (compared within what a cast to half precision changes)
+    head        False: leave out what was trained whole (vn.Full), as the head of another task, which this model may not have
 
     The file's digest, the plan, the base and every tensor's name, shape and dtype are checked before anything is
     allocated or changed. Raises: StoreError for a missing, damaged, truncated or foreign file, or another base;
@@ -133,11 +138,15 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     """
     path = Path(path)
     if not (path / CONFIG).exists():
-        from .peft_format import find, load_peft
-
         folder = find(path, name)
         if folder is not None:
-            return load_peft(model, folder, name or ("default" if folder == path else folder.name), activate=activate)
+            if not head:
+                raise CapabilityError(
+                    "only this library's own files can be read without their head", where=str(folder), fix="Load it whole, and save it with vn.save"
+                )
+            module, about = reader(folder)
+            own = module.about(folder, about)[0] or ("default" if folder == path else folder.name)
+            return module.load(model, folder, name or own, activate=activate)
     config = read_config(path)
     while True:
         try:
@@ -156,11 +165,33 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str | None = None
     check_name(name)
     check_free(model, name)
     plan = Plan.from_dict(config["plan"], where=where)
+    if not head:
+        plan, tensors, config["base"] = headless(plan, tensors, config["base"], model)
     record = Record(name, plan, make_parts(model, plan, blank=True))
     if check_base:
         compare(config["base"], model, where, replaced(record))
     fill(model, record, tensors, str(path / config["weights"]))
     return join(model, record, activate)
+
+
+def headless(plan: Plan, tensors: dict[str, Tensor], base: dict[str, Any], model: nn.Module) -> tuple[Plan, dict[str, Tensor], dict[str, Any]]:
+    """A saved plan, its tensors and the description of its base, without vn.Full and without what `model` does not have.
+    Raises: StoreError where nothing is left."""
+
+    def kept(p: Plan) -> Plan | None:
+        inside = p.inside()
+        if not inside:
+            return None if any(m.holds == "tensor" for m in p.leaves()) else p
+        rest = [k for k in map(kept, inside) if k is not None]
+        return rest[0] if len(rest) == 1 < len(inside) else p.rebuild(rest) if rest else None
+
+    rest = kept(plan)
+    if rest is None:
+        raise StoreError("there is nothing in this adapter but tensors that were trained whole", fix="Load it with its head")
+    here = {n for n, _ in model.named_parameters()}
+    base = {**base, **{k: {n: v for n, v in base[k].items() if n in here} for k in ("shapes", "samples")}}
+    whole = [f":{m.name}." for m in plan.leaves() if m.holds == "tensor"]
+    return rest, {k: v for k, v in tensors.items() if not any(w in k for w in whole)}, base
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -219,6 +250,8 @@ def fill(model: nn.Module, record: Record, tensors: dict[str, Tensor], where: st
     for prefix, part in named_parts(record):
         if flaw := part.flaw():
             raise StoreError(f"{prefix}: {flaw}", where=where, fix="The file is damaged; take another copy")
+    for part in record.parts:
+        part.derive()
 
 
 def unfold(record: Record, tensors: dict[str, Tensor]) -> None:

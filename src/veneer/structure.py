@@ -120,6 +120,30 @@ def tree(model: nn.Module) -> list[Node]:
     return nodes
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """model.named_modules() without going through what is attached, so that an adapter more costs what the first did."""
+    seen: set[int] = set()
+    todo: list[tuple[str, nn.Module]] = [("", model)]
+    while todo:
+        path, module = todo.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        inner = [(f"{path}.{n}" if path else n, m) for n, m in module._modules.items() if m is not None and n != HIDDEN]
+        todo += reversed(inner)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """model.named_parameters() likewise."""
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield f"{path}.{name}" if path else name, p
+
+
 def maps_of(node: Node) -> list[Map]:
     """The maps that the module itself applies, told by what it has and not by its class."""
     m = node.module

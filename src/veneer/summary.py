@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .attach import state_of
 from .install import KEY
@@ -56,7 +56,8 @@ def summary(model: nn.Module) -> Summary:
     """
     state = state_of(model)
     merged = {id(m._parameters[t]) for m, t in state.merged.added} if state.merged is not None else set()
-    total = sum(p.numel() for n, p in model.named_parameters() if f"{KEY}." not in n and id(p) not in merged)
+    base = {id(p): numbers(m, t, p) for path, m in model.named_modules() if KEY not in path.split(".") for t, p in m.named_parameters(recurse=False)}
+    total = sum(count for key, count in base.items() if key not in merged)
     rows: list[dict[str, Any]] = []
     seen: set[int] = set()
     trainable = 0
@@ -73,7 +74,14 @@ def summary(model: nn.Module) -> Summary:
                     if id(p) not in seen:
                         seen.add(id(p))
                         entry[1] += p.numel()
-                        trainable += p.numel() if name in state.active else 0
+                        trainable += p.numel() if name in state.active and p.requires_grad else 0
         for (method, role), (sites, count) in table.items():
             rows.append({"adapter": name, "method": method, "role": role, "sites": sites, "parameters": count, "share": count / total if total else 0.0})
     return Summary(rows, trainable, total, state.active, state.merged.names if state.merged is not None else ())
+
+
+def numbers(module: nn.Module, name: str, p: Tensor) -> int:
+    """How many numbers the parameter `name` stands for: of a matrix whose quantiser packs several into one, all of them."""
+    if name != "weight" or p.is_floating_point():
+        return p.numel()
+    return max(p.numel(), getattr(module, "in_features", 0) * getattr(module, "out_features", 0))

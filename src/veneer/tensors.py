@@ -14,7 +14,7 @@ from .routing import Frame, Run, cut, folds, select_rows, widen_rows, with_own_c
 
 if TYPE_CHECKING:
     from .host import Host
-    from .methods.parts import Part
+    from .methods.part import Part
 
 
 def with_now(host: Host, now: list[Part], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from . import resolve
-from .methods.parts import MapPart, Part, module_at
+from .methods.part import Part, module_at
+from .methods.parts import MapPart
 from .ops.maps import map_of
 from .sites import Site
+from .structure import base_modules
 
 if TYPE_CHECKING:
     from .compose.gate import Gate
@@ -25,7 +27,7 @@ class Echo:
     gets the part's value for it.
     """
 
-    reads_state = published = visible = False
+    published = visible = False
     places = None
 
     def __init__(self, part: Part, site: Site, module: nn.Module) -> None:
@@ -54,6 +56,9 @@ class Echo:
     def gate(self, gate: Gate | None) -> None:
         self.part.gate = gate
 
+    def sees(self, x: Tensor, h: Tensor) -> Tensor:
+        return x
+
     def inward(self, x: Tensor) -> Tensor:
         return self.part.inward(x)  # type: ignore[attr-defined]
 
@@ -76,7 +81,7 @@ class Ties:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.held: dict[int, list[tuple[str, str, nn.Module]]] = {}
-        for path, module in model.named_modules():
+        for path, module in base_modules(model):
             for name, p in module._parameters.items():
                 if p is not None:
                     self.held.setdefault(id(p), []).append((path, name, module))

@@ -34,8 +34,9 @@ def parts_in_use(model: nn.Module, names: Iterable[str] | None = None) -> Iterat
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser: what is trainable (of the adapters `names` alone, where given), by learning rate.
 
-    A method may train some of its parameters at a multiple of `lr`, as LoRA+ does B. One-dimensional parameters (vectors,
-    biases, norms) get no weight decay, as is usual. Raises: AdapterError where nothing is trainable, or lr is no number.
+    A method may train some of its parameters at a multiple of `lr`, as LoRA+ does B, and a plan some of its methods
+    (vn.paced). One-dimensional parameters (vectors, biases, norms) get no weight decay, as is usual.
+    Raises: AdapterError where nothing is trainable, or lr is no number.
     """
     if not finite(lr) or lr < 0:
         raise AdapterError(f"lr={lr!r} is not a learning rate", fix="For example lr=1e-4")
@@ -44,7 +45,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, names: 
         for record in state_of(model).adapters.values():
             for part in record.parts:
                 for key, p in part.named_parameters():
-                    faster[id(p)] = part.rates.get(key, 1.0)
+                    faster[id(p)] = part.gate.rate if key.startswith("gate.") else part.pace * part.rates.get(key, 1.0)
     groups: dict[tuple[float, float], list[Tensor]] = {}
     mine = None if names is None else {id(p) for part in parts_in_use(model, names) for p in part.parameters()}
     for p in model.parameters():
