@@ -89,6 +89,14 @@ def test_folders_and_lists_of_pictures_and_sounds(tmp_path):
         read_table(str(tmp_path / "empty"))
 
 
+def test_a_saved_dataset_without_rows(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": [], "label": []}).save_to_disk(tmp_path / "none")
+    with pytest.raises(vn.DataError, match="without rows.*none"):
+        read_table(str(tmp_path / "none"))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "options", "says"),
     [
@@ -97,8 +105,17 @@ def test_folders_and_lists_of_pictures_and_sounds(tmp_path):
         ("a.csv", "text,label\nfine,x\nfine,y,z\n", {}, "line 3"),
         ("a.csv", "text,label\n", {}, "no rows"),
         ("a.csv", "", {}, "no rows"),
-        ("a.csv", "text,text\na,b\n", {}, "two columns are called 'text'"),
+        ("a.csv", "text,text\na,b\n", {}, "two columns are called 'text'.*Rename"),
+        ("a.csv", 'text,label\n"fine\nstill",x\n"open,y\nlast,x\n', {}, "a quote is not closed.*line 4.*data.quotes=false"),
+        ("a.csv", 'text,label\n"said "no" to it",x\n', {}, "something stands after it.*line 2"),
+        ("a.jsonl", '{"text": "a", "label": NaN}\n', {}, "column 'label' is empty.*line 1"),
+        ("a.jsonl", '{"text": "a", "label": ["x", null]}\n', {}, "column 'label' is empty.*line 1"),
+        ("a.jsonl", '{"text": "a", "label": {"x": 1}}\n', {}, "holds no label but.*line 1"),
+        ("a.jsonl", '{"text": "a", "label": "x"},\n', {}, "not JSON.*line 1.*no comma after it"),
+        ("a.json", '[{"text": "a", "label": "x"},\n {"text": "b", "label": "y"},\n]', {}, "not JSON.*line 3"),
+        ("a.json", "", {}, "no rows"),
         ("a.csv", "words,label\nfine,x\n", {}, "no column looks like the text.*columns: words, label"),
+        ("a.json", '{"data": [{"text": "a", "label": "x"}]}', {}, "no column looks like the text.*the list in 'data'"),
         ("a.csv", "text,label\nfine,x\n", {"text": "txt"}, "Did you mean 'text'"),
         ("a.csv", "text,label\nfine,x\n", {"format": "alpacca"}, "Did you mean 'alpaca'"),
         ("a.csv", "text,label\nfine,x\n", {"format": "alpaca"}, "does not take alpaca"),
@@ -140,6 +157,54 @@ def test_encodings_and_missing_files(tmp_path):
         read_table(path, encoding="latin-99")
     with pytest.raises(vn.DataError, match="no such file"):
         read_table(str(tmp_path / "b.csv"))
+
+
+def test_how_a_file_is_written_makes_no_difference(tmp_path):
+    """Separators, marks, line ends, compression, one list or a mapping a line: what users' programs export."""
+    import bz2
+    import gzip
+    import lzma
+
+    rows = [{"text": f"nó, {i}", "label": "yn"[i % 2]} for i in range(4)]
+    plain = "text,label\n" + "".join(f'"{r["text"]}",{r["label"]}\n' for r in rows)
+    by_line = "".join(json.dumps(r) + "\n" for r in rows)
+    files = {
+        "semicolon.csv": plain.replace('",', '";').replace("text,", "text;").encode(), "bar.csv": plain.replace('",', '"|').replace("text,", "text|").encode(),
+        "tabs.csv": plain.replace('",', '"\t').replace("text,", "text\t").encode(), "commas.tsv": plain.encode(),
+        "windows.csv": plain.replace("\n", "\r\n").encode(),
+        "old mac.csv": plain.replace("\n", "\r").encode(), "spaces.csv": plain.replace("text,label", " text , label ").encode(),
+        "index.csv": plain.replace("text,", ",text,").replace('\n"', '\n0,"').encode(), "ends.csv": plain.replace("y\n", "y,\n").encode(),
+        "blank.csv": plain.replace("\n", "\n\n").encode(), "16.csv": plain.encode("utf-16"), "32.csv": plain.encode("utf-32"),
+        "a.csv.gz": gzip.compress(plain.encode()),
+        "a.csv.bz2": bz2.compress(plain.encode()), "a.JSONL.xz": lzma.compress(by_line.encode()), "16.jsonl": by_line.encode("utf-16"),
+        "lines.json": by_line.encode(), "list.jsonl": json.dumps(rows, indent=1).encode(), "ünï 数据.json": json.dumps(rows, ensure_ascii=False).encode(),
+        "16.json": json.dumps(rows, ensure_ascii=False).encode("utf-16"),
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        found = read_table(str(tmp_path / name))
+        assert found.texts == [r["text"] for r in rows] and found.labels == [r["label"] for r in rows], name
+    (tmp_path / "cut.csv.gz").write_bytes(files["a.csv.gz"][:-12])
+    with pytest.raises(vn.DataError, match="cannot be read.*cut.csv.gz"):
+        read_table(str(tmp_path / "cut.csv.gz"))
+
+
+def test_quotes_that_are_letters(tmp_path):
+    path = write(tmp_path / "a.tsv", 'text\tlabel\n"Never closed\tx\n6" wide\ty\n')
+    assert read_table(path, quotes=False).texts == ['"Never closed', '6" wide']
+    found = read_table(write(tmp_path / "b.csv", 'text,label\na,x\n"b" c,y\n"d\nd",x\n'), on_error="skip")
+    assert found.texts == ["a", "d\nd"] and found.skipped[0][0].endswith("line 3") and found.place(1).endswith("line 4")
+
+
+def test_a_whole_number_is_one_label_however_it_is_held(tmp_path):
+    found = read_table(jsonl(tmp_path / "a.jsonl", *({"text": "a", "label": v} for v in (1, 1.0, "1", 2.5, True))))
+    assert found.labels == ["1", "1", "1", "2.5", "True"]
+
+
+def test_the_line_of_a_byte_that_is_not_in_the_encoding(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text,label\n" + b"a longer text than most,x\n" * 2000 + b"caf\xe9,y\n")
+    with pytest.raises(vn.DataError, match="byte 0xe9 .*line 2002.*latin-1"):
+        read_table(str(tmp_path / "a.csv"))
 
 
 def test_split_keeps_proportions_and_repeats():

@@ -72,6 +72,52 @@ def test_labels_unseen_in_training_and_rows_that_are_skipped(small, tmp_path):
     assert "not JSON" in found["train"]["reasons"][0] and "line 11" in found["train"]["reasons"][0]
 
 
+def test_one_class_that_is_left_when_rows_are_skipped(small, tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(*[{"text": f"a{i}", "label": "x"} for i in range(9)], {"text": "b", "label": ["y"]}, {"text": "c", "label": ["z"]}))
+    settings = example("classify", *small, tmp_path / "run")
+    settings["data"] = {"train": str(tmp_path / "a.jsonl"), "eval_rows": 1, "on_error": "skip"}
+    with pytest.raises(vn.DataError, match="only one label, 'x'"):
+        prepare(make_config(settings))
+
+
+def test_rows_for_evaluation_are_of_the_same_kind(small, tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(*FINE))
+    (tmp_path / "b.jsonl").write_text(lines(*({"sentence1": r["text"], "sentence2": "b", "label": r["label"]} for r in FINE)))
+    (tmp_path / "c.jsonl").write_text(lines(*({"review": r["text"], "class": r["label"]} for r in FINE)))
+    settings = example("classify", *small, tmp_path / "run")
+    for name in "bc":
+        settings["data"] = {"train": str(tmp_path / "a.jsonl"), "eval": str(tmp_path / f"{name}.jsonl")}
+        if name == "c":  # other names for the same
+            assert len(prepare(make_config(settings)).evaluation) == 10
+            continue
+        with pytest.raises(vn.DataError, match="for evaluation are text-pair, and those for training text-label.*b.jsonl"):
+            prepare(make_config(settings))
+
+
+def test_a_dry_run_refuses_what_the_run_would_and_counts_labels_that_look_alike(small, tmp_path):
+    from typer.testing import CliRunner
+
+    from veneer.cli import app
+
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"a{i},{['yes', 'Yes', '1', '1.0', 'no'][i % 5]}\n" for i in range(20)))
+    settings = example("classify", *small, tmp_path / "run", plan="lora")
+    settings["data"] = {"train": str(tmp_path / "a.csv"), "eval_rows": 2}
+    (tmp_path / "c.json").write_text(json.dumps(settings))
+    command = ["train", str(tmp_path / "c.json"), "--dry-run"]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
+    assert done.exit_code == 0 and "'yes' and 'Yes' are counted as different labels" in done.output and "'1.0' are counted" in done.output
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for change, says in (
+        (f"output={tmp_path / 'full'}", "not empty and holds no run"),
+        ("early_stopping=2", "needs evaluations"),
+        ("report_to=wandbb", "no tracker"),
+    ):
+        done = CliRunner().invoke(app, [*command, change, "choose_best=false"])
+        assert isinstance(done.exception, vn.ConfigError) and says in str(done.exception)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "c.json", "full"]
+
+
 def test_a_label_that_is_drawn_for_evaluation_alone_is_left_out(small, tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(*[{"tokens": ["a", "b"], "tags": ["O", f"B-{i}"]} for i in range(12)], *[{"tokens": ["a"], "tags": ["O"]}] * 12))
     settings = example("tokens", *small, tmp_path / "run")
@@ -106,6 +152,11 @@ def test_a_template_without_roles_and_a_model_without_a_template(small, tmp_path
     (tmp_path / "flat.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(vn.ConfigError, match="does not show roles"):
         prepare(make_config(example("chat", *small, tmp_path / "run", chat_template=str(tmp_path / "flat.jinja"))))
+    (tmp_path / "cut.jinja").write_text("{% for m in messages %}\n{{ m['role'] }}{% endif %}")
+    (tmp_path / "old.jinja").write_bytes("{# für #}".encode("latin-1"))
+    for name, says in (("cut", "the chat template is broken.*line 2.*chatml"), ("old", "old.jinja' cannot be read as UTF-8")):
+        with pytest.raises(vn.ConfigError, match=says):
+            prepare(make_config(example("chat", *small, tmp_path / "run", chat_template=str(tmp_path / f"{name}.jinja"))))
     bare = tf.AutoTokenizer.from_pretrained(small[0] / "llama")
     bare.chat_template = None
     tf.AutoModelForCausalLM.from_pretrained(small[0] / "llama").save_pretrained(tmp_path / "bare")
@@ -128,15 +179,42 @@ def test_configurations(small, tmp_path):
         ({"version": "2"}, "another form"),
         ({"task": "text-classificatoin"}, "task cannot be 'text-classificatoin'.*Did you mean 'text-classification'"),
         ({"packing": True}, "text-classification has no rows that could be packed"),
+        ({"chat_template": "chatml"}, "text-classification has no use for it.*chat_template.*for chat, dpo"),
+        ({"loss_on": "all"}, "no use for it.*loss_on"),
+        ({"seed": -1}, "seed: input should be greater"),
+        ({"data": 3}, "data holds keys of its own, and this is 3.*data.train="),
+        ({"model": str(small[0] / "brt")}, "there is no such folder.*Did you mean 'bert'"),
+        ({"task": "causal-lm", "plan": "lora"}, "BertLMHeadModel sees the tokens that it is to predict.*masked-lm"),
         ({"model": str(small[0])}, "the model cannot be loaded.*text-classification"),
     ):
         with pytest.raises(vn.ConfigError, match=says):
             prepare(make_config(settings | change))
     (tmp_path / "c.yaml").write_text("a: [1\n")
-    for path, says in ((tmp_path / "c.yaml", "not YAML"), (tmp_path, "this is a folder"), (tmp_path / "d.yaml", "no such file")):
+    (tmp_path / "t.yaml").write_text("seed: 1\ndata: {train: a}\nseed: 2\n")
+    (tmp_path / "l.yaml").write_bytes("output: rün\n".encode("latin-1"))
+    (tmp_path / "c.json").write_text("{,}")
+    for path, says in (
+        (tmp_path / "c.yaml", "not YAML"),
+        (tmp_path / "t.yaml", "'seed' stands twice.*line 3"),
+        (tmp_path / "l.yaml", "not YAML"),
+        (tmp_path / "c.json", "not JSON"),
+        (tmp_path, "this is a folder"),
+        (tmp_path / "d.yaml", "no such file"),
+    ):
         with pytest.raises(vn.ConfigError, match=says) as e:
             load_config(path)
         assert "\n" not in str(e.value)
+
+
+def test_a_configuration_may_be_json_or_come_from_windows(small, tmp_path):
+    settings = example("classify", *small, tmp_path / "rün 😀")
+    text = yaml.safe_dump(settings, allow_unicode=True)
+    for name, content in (
+        ("a.json", json.dumps(settings).encode()), ("b.json", b"\xef\xbb\xbf" + json.dumps(settings, ensure_ascii=False).encode()),
+        ("a.yaml", text.replace("\n", "\r\n").encode()), ("b.yaml", b"\xef\xbb\xbf" + text.encode()), ("c.yaml", text.encode("utf-16")),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        assert load_config(tmp_path / name) == make_config(settings), name
 
 
 def test_a_run_folder_that_is_not_one_and_a_disk_that_is_read_only(small, tmp_path):
@@ -162,10 +240,13 @@ def test_preview_shows_what_a_run_would_see_and_writes_nothing(small, tmp_path):
         ("regression", ["→ -1.0", "rows are skipped; the first: the label 'much' is no number", "prefix gate"]),
         ("dpo", ["⟦\n+ negative", "- no idea"]),
         ("images", [".png⟦ → ", "labels"]),
+        ("sounds", [" s, median ", " cut to 0.4 s; raise max_seconds if"]),
     ):
         settings = example(name, *small, tmp_path / "run")
         if name == "regression":
             settings["data"].pop("limit")
+        if name == "sounds":
+            settings["max_seconds"] = 0.4
         (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
         done = CliRunner().invoke(app, ["preview", str(tmp_path / "c.yaml"), "seed=1" if name == "images" else "seed=0"], env={"COLUMNS": "300"})
         assert done.exit_code == 0, done.exception

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import veneer as vn
 from browser import check_drawn
+from veneer.data.builtin import table
 from veneer.report.run import per_class, report
 from veneer.train.config import make_config
 from veneer.train.progress import Progress
@@ -44,8 +45,17 @@ def test_a_classifier_leaves_its_report(finished):
     assert len(gates) == 2 * 4 and sorted(z for row in maps[0].z for z in row) == pytest.approx(sorted(r["mean"] for r in gates))
     assert [list(map(int, row)) for row in maps[1].text] == counts
     assert all(m["truth"] != m["answer"] for m in answers["mistakes"]) and answers["mistakes"]
+    assert {m["text"] for m in answers["mistakes"]} <= set(table("tweets").texts)  # as they were written, not as tokens
     assert sum(r["parameters"] for r in result["parameters"]) == result["trainable"]
-    for needed in ("veneer train", "learning_rate: 0.003", f"torch=={torch.__version__.split('+')[0]}", "processor", "peak memory", "bottleneck gate"):
+    for needed in (
+        "veneer train",
+        "learning_rate: 0.003",
+        f"torch=={torch.__version__.split('+')[0]} ",
+        "accelerate==",
+        "processor",
+        "peak memory",
+        "bottleneck gate",
+    ):
         assert needed in text, needed
     assert "How to repeat it" in text and (finished / "config.yaml").exists()
 
@@ -106,7 +116,16 @@ def test_progress_says_loss_speed_memory_and_time_left(terminal):
             bar.on_prediction_step(args, state, None, eval_dataloader=[1, 2, 3])
         bar.on_log(args, state, None, logs={"eval_loss": 0.25, "eval_accuracy": 0.5, "eval_runtime": 3})
         bar.on_evaluate(args, state, None)
+        state.global_step, state.num_input_tokens_seen = 5, 500
+        bar.on_step_end(args, state, None)  # alone since the evaluation: speed and time left are those of before
+        bar.on_log(args, state, None, logs={"loss": 0.1})
+        assert "tokens/s" in bar.facts()
+        state.best_global_step = 3
+        bar.on_train_end(args, state, None)
+        bar.on_log(args, state, None, logs={"eval_loss": 0.2})
     said = out.getvalue()
+    assert "? left" not in said and "the best, of step 3: evaluation loss 0.2" in said
+    assert terminal or re.search(r"step 5/6: loss 0\.1000, [\d,]+ tokens/s, .*, 0:00:\d\d left", said)
     assert re.search(r"loss 0\.\d{4}, [\d,]+ tokens/s, [\d.]+ [MG]iB", said) and "left" in said
     assert "step 4: evaluation loss 0.25, accuracy 0.5" in said and "runtime" not in said
     assert ("4/6" in said) and (terminal or "step 4/6: loss 0.5000" in said)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,40 +27,6 @@ def settings(bases, out, **changes):
 
 def weights(folder):
     return load_file(next((folder / "adapter").glob("adapter-*.safetensors")))
-
-
-ONE_OF_TWO = """
-import json, os, sys
-from veneer.train.config import make_config
-from veneer.train.run import run
-wrote = []
-def note(event, args):
-    if event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR):
-        wrote.append(str(args[0]))
-sys.addaudithook(note)
-result = run(make_config(json.loads(sys.argv[1])), quiet=True)
-print(json.dumps([result.metrics["loss"], [w for w in wrote if w.startswith(sys.argv[2])]]))
-"""
-
-
-def test_of_two_processes_the_first_writes_the_folder(bases, tmp_path):
-    out = tmp_path / "r"
-    config = settings(bases, out, plan="lora", epochs=1)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO, json.dumps(config), str(out)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    ends = [p.communicate(timeout=300) for p in started]
-    assert [p.returncode for p in started] == [0, 0], ends
-    (loss, wrote), (other, own) = (json.loads(said.splitlines()[-1]) for said, _ in ends)
-    assert wrote and not own and loss == other
-    assert read_run(out)["result"]["metrics"]["loss"] == loss and (out / "report.html").exists() and weights(out)
 
 
 def test_a_run_leaves_what_using_it_needs(bases, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from bases import EXAMPLES, example
-from browser import figures
+from browser import Elements, figures
 from veneer.train.config import TaskName, make_config
 from veneer.train.run import read_run, run
 from veneer.train.tasks import TASKS, find_task
@@ -33,7 +35,7 @@ def weights(folder):
 EXPECTED = {
     "multi-label-classification": {"labels", "decisions"}, "regression": {"numbers"}, "sentence-embedding": set(), "dpo": set(),
     "causal-lm": {"samples"}, "chat": {"samples"}, "text-to-text": {"samples"},
-    "choice": set(), "text-to-choice": set(),
+    "choice": set(), "text-to-choice": set(), "masked-lm": set(),
 }  # fmt: skip
 
 
@@ -45,11 +47,18 @@ def check_report(folder, metrics):
         counts = np.array(answers["counts"])
         assert abs(np.trace(counts) / counts.sum() - metrics["accuracy"]) < 1e-6
         assert all(m["truth"] != m["answer"] and m["text"].strip() for m in answers["mistakes"])
+        media = json.loads((folder / "run.json").read_text())["config"]["task"] == "image-classification"
+        assert all(("picture" in m) == media for m in answers["mistakes"])
+        page = Elements((folder / "report.html").read_text())
+        assert [i["src"] for i in page.all("img")] == [m["picture"] for m in answers["mistakes"] if media]
     if "decisions" in answers:
         hit, false, missed = np.array(answers["decisions"]).sum(0)
         assert abs(2 * hit / max(1, 2 * hit + false + missed) - metrics["micro_f1"]) < 1e-6
     if "numbers" in answers:
         assert abs(np.abs(np.diff(answers["numbers"])).mean() - metrics["mae"]) < 1e-5
+    if read_run(folder)["config"]["task"] == "token-classification":  # the word in question stands in brackets, among its neighbours
+        words = {w for m in answers["mistakes"] for w in re.findall(r"\[(.+?)\]", m["text"])}
+        assert words and words <= {w for line in Path(read_run(folder)["config"]["data"]["train"]).read_text().splitlines() for w in json.loads(line)["tokens"]}
     assert all(s["prompt"] and s["truth"] for s in answers.get("samples", []))
     return set(answers)
 
@@ -61,7 +70,12 @@ def test_an_example_runs_and_goes_on_after_a_break(small, tmp_path, name):
     found = read_run(tmp_path / "whole")
     losses = [e["loss"] for e in found["result"]["log"] if "loss" in e]
     task = find_task(make_config(settings).task)
-    assert losses and all(math.isfinite(v) for v in [*losses, *result.metrics.values()]) and task.best[0] in result.metrics
+    assert (
+        losses
+        and all(math.isfinite(v) for v in [*losses, *result.metrics.values()])
+        and task.best in result.metrics
+        and result.metrics.keys() <= task.measures.keys()
+    )
     assert found["result"]["trainable"] == result.trainable > 0 and found["data"]["train"]["rows"] > 8
     expected = EXPECTED.get(make_config(settings).task, {"labels", "counts", "mistakes"})
     assert check_report(tmp_path / "whole", result.metrics) == expected

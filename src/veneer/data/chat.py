@@ -32,7 +32,10 @@ def set_template(tokenizer: Any, template: str | None) -> None:
     if template is not None:
         if template not in TEMPLATES and not Path(template).is_file():
             raise ConfigError(f"{template!r} is neither a file nor a known template", where=where, fix=f"Known: {', '.join(TEMPLATES)}")
-        tokenizer.chat_template = TEMPLATES[template] if template in TEMPLATES else Path(template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = TEMPLATES[template] if template in TEMPLATES else Path(template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"the template {template!r} cannot be read as UTF-8: {e}", where=where) from None
     if not tokenizer.chat_template:
         raise ConfigError(
             "the tokenizer has no chat template",
@@ -41,6 +44,14 @@ def set_template(tokenizer: Any, template: str | None) -> None:
         )
     if not tokenizer.is_fast:
         raise ConfigError("the tokenizer gives no offsets, which the loss mask needs", where="model", fix="Use a model with a fast tokenizer (tokenizer.json)")
+    import jinja2
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as e:
+        raise ConfigError(f"the chat template is broken: {e.message}, line {e.lineno}", where=where, fix="Mend it, or chat_template=chatml") from None
+    except Exception:  # what it says of these turns is told of the rows that it refuses
+        pass
     try:
         said = [render(tokenizer, [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]) for role in ("assistant", "user")]
     except BadRow:

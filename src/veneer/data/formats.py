@@ -40,11 +40,16 @@ def _maybe_text(value: Any, column: str, folder: Path) -> str:
 
 def _label(value: Any, column: str, folder: Path) -> Any:
     """A string; a list of strings where a row has several labels (or none)."""
-    if isinstance(value, (list, tuple)):
-        return [str(v).strip() for v in value]
-    if value is None or not str(value).strip():
+    return [_class(v, column) for v in value] if isinstance(value, (list, tuple)) else _class(value, column)
+
+
+def _class(value: Any, column: str) -> str:
+    """A label's name. A whole number is one label however it is held: a missing value turns a column of integers into floats."""
+    if isinstance(value, (list, tuple, Mapping)):
+        raise BadRow(f"column {column!r} holds no label but {_short(value)}")
+    if value is None or value != value or not str(value).strip():  # NaN is no label
         raise BadRow(f"column {column!r} is empty", "Give every row a label, or skip such rows: data.on_error=skip")
-    return str(value).strip()
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def _words(value: Any, column: str, folder: Path) -> list[str]:
@@ -274,8 +279,10 @@ def detect(row: Mapping[str, Any], accepted: Iterable[str], named: Mapping[str, 
     fmt, columns, missing = max(tried, key=lambda t: (len(t[1]) - len(t[2]), -formats.index(t[0])))
     what = missing[0] if missing else fmt.fields[0].name
     other = next((f.name for f in FORMATS.values() if f not in formats and len(f.fields) > 1 and not f.columns(row, {})[1] and f.holds(dict(row))), None)
+    nested = next((k for k, v in row.items() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)), None) if other is None else None
     raise DataError(
         f"no column looks like the {what}" + (f"; the row looks like {other}, which this task does not take" if other else ""),
         where=where,
-        fix=f"Name it with data.columns.{what}=…; columns: {', '.join(map(str, row))}; the task takes {', '.join(f.name for f in formats)}",
+        fix=(f"If the rows are the list in {nested!r}, let the file hold that list alone. " if nested else "")
+        + f"Name it with data.columns.{what}=…; columns: {', '.join(map(str, row))}; the task takes {', '.join(f.name for f in formats)}",
     )

@@ -52,6 +52,26 @@ class PackedCollator:
         return {k: torch.tensor([r[k] + [v] * (longest - len(r[k])) for r in rows]) for k, v in fill.items()}
 
 
+def check_causal(model: Any) -> None:
+    """Raise ConfigError where a token's logits depend on what follows it: an encoder that was loaded with a language model's
+    head would read the answers that it is to learn. Measured on eleven tokens, with gradients on, since some quantised
+    layers settle for good what they are called with first."""
+    from ..adapter import disabled
+    from ..calls import device_of, evaluating
+
+    with evaluating(model), disabled(model), torch.enable_grad():
+        ids = torch.arange(5, 16, device=device_of(model))[None] % model.config.get_text_config().vocab_size
+        other = torch.cat([ids[:, :-1], ids[:, :1]], 1)
+        one, two = (model(input_ids=i).logits[:, :-1].detach().float() for i in (ids, other))
+    gap = float((one - two).abs().max() / one.abs().max().clamp(min=1e-6))
+    if gap > (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2):
+        raise ConfigError(
+            f"{type(model).__name__} sees the tokens that it is to predict: a token's logits change by {gap:.1%} with the next one",
+            where="model",
+            fix="Use a decoder; an encoder's own task is masked-lm",
+        )
+
+
 @torch.no_grad()
 def check_packing(model: Any, plan: Any) -> None:
     """Raise ConfigError unless packed sequences stay apart: the plan's methods must act token by token, and two sequences

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import csv
+import gzip
 import json
+import lzma
+import re
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,111 +21,199 @@ from .formats import BadRow
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
+OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+MARKS = (  # UTF-32's begins as UTF-16's does
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+SEPARATORS = ",;\t|"
+QUOTES = "Double a quote within quotes; where quotes are letters like others: data.quotes=false; or skip such rows: data.on_error=skip"
+PEEK = 4096  # characters that show whether a file is one list
 Rows = Iterator[tuple[str, "dict[str, Any] | BadRow"]]
 
 
-def read_rows(source: str, *, encoding: str = "utf-8", split: str = "train", subset: str | None = None) -> Rows:
-    """The rows of `source` with the place of each: a file by its ending, a folder of pictures or sounds, a dataset that
-    `datasets` saved, or one of the hub. A row that cannot be read is a `BadRow`; a file that cannot, a DataError."""
+def read_rows(source: str, *, encoding: str = "utf-8", split: str = "train", subset: str | None = None, quotes: bool = True) -> Rows:
+    """The rows of `source` with the place of each: a file by its ending (compressed ones too), a folder of pictures or sounds,
+    a dataset that `datasets` saved, or one of the hub. A row that cannot be read is a `BadRow`; a file that cannot, a DataError."""
     path = Path(source)
-    kind = path.suffix.lower()
+    try:
+        yield from _reader(path, source, encoding, split, subset, quotes)
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"not {encoding}: byte {e.object[e.start]:#x}",
+            where=_undecoded(path, encoding),
+            fix="Name the file's encoding (data.encoding=latin-1, cp1252, utf-16, …), or mend that place",
+        ) from None
+    except UnicodeError as e:  # of codecs that refuse before the first byte
+        raise DataError(f"not {encoding}: {e}", where=str(path), fix="Name the file's encoding: data.encoding=…") from None
+    except LookupError as e:
+        raise ConfigError(str(e), where="data.encoding", fix="For example utf-8, latin-1, cp1252 or utf-16") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
+        raise DataError(f"cannot be read: {getattr(e, 'strerror', None) or e}", where=str(path)) from None
+
+
+def _reader(path: Path, source: str, encoding: str, split: str, subset: str | None, quotes: bool) -> Rows:
+    packed = path.suffix.lower() in OPENERS
+    kind = Path(path.stem if packed else path.name).suffix.lower()
     if path.is_dir():
         return _folder(path, split, subset)
-    if kind in READERS:
+    if kind in READERS and not (packed and kind == ".parquet"):
         if not path.exists():
             near = [p.name for p in path.parent.glob("*")] if path.parent.exists() else []
             raise DataError("there is no such file", where=str(path), fix=f"Nearby: {did_you_mean(path.name, near)}")
-        return _guarded(path, encoding, READERS[kind])
+        if kind == ".parquet":
+            return _parquet(path)
+        with _opener(path)(path, "rb") as f:
+            begins = f.read(4)
+        return READERS[kind](Text(path, _marked(begins, encoding), quotes))
     if path.exists():
-        raise DataError(f"files that end in {kind!r} are not known", where=str(path), fix=f"Known: {', '.join(READERS)}, and folders")
+        raise DataError(
+            f"files that end in {path.suffix.lower()!r} are not known",
+            where=str(path),
+            fix=f"Known: {', '.join(READERS)}, all but the last also with {', '.join(OPENERS)}, and folders",
+        )
     return _hub(source, split, subset)
 
 
-def _guarded(path: Path, encoding: str, reader: Callable[[Path, str], Rows]) -> Rows:
-    try:
-        # a spreadsheet's byte-order mark is no part of the first column's name
-        yield from reader(path, "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding)
-    except UnicodeDecodeError as e:
-        raise DataError(
-            f"not {encoding}: byte {e.object[e.start]:#x} at offset {e.start}", where=str(path), fix="Name its encoding: data.encoding=latin-1"
-        ) from None
-    except json.JSONDecodeError as e:
-        raise DataError(f"not JSON: {e}", where=str(path)) from None
-    except csv.Error as e:
-        raise DataError(f"not a table: {e}", where=str(path)) from None
-    except LookupError as e:
-        raise ConfigError(str(e), where="data.encoding") from None
-    except OSError as e:
-        raise DataError(f"cannot be read: {e.strerror or e}", where=str(path)) from None
+@dataclass(frozen=True)
+class Text:
+    """A file of text to be read: its encoding, and whether its fields (csv, tsv) may be quoted."""
+
+    path: Path
+    encoding: str
+    quotes: bool
+
+    def open(self, newline: str | None = None) -> Any:
+        return _opener(self.path)(self.path, "rt", encoding=self.encoding, newline=newline)
 
 
-def _separated(delimiter: str) -> Callable[[Path, str], Rows]:
-    def read(path: Path, encoding: str) -> Rows:
+def _opener(path: Path) -> Any:
+    return OPENERS.get(path.suffix.lower(), open)
+
+
+def _marked(begins: bytes, encoding: str) -> str:
+    """`encoding`, or what the file's own byte-order mark says where that was left at UTF-8: no UTF-8 begins like the others,
+    and a spreadsheet's UTF-8 mark is no part of the first column's name."""
+    if encoding.lower().replace("_", "-") not in ("utf-8", "utf8"):
+        return encoding
+    return next((name for mark, name in MARKS if begins.startswith(mark)), encoding)
+
+
+def _undecoded(path: Path, encoding: str) -> str:
+    """The place of the first line that is not in `encoding`; a decoder counts from its own buffer's start."""
+    if "\n".encode(encoding) != b"\n":
+        return str(path)
+    with _opener(path)(path, "rb") as f:
+        for i, line in enumerate(f, 1):
+            try:
+                line.decode(encoding)
+            except UnicodeDecodeError:
+                return f"{path}, line {i}"
+    return str(path)
+
+
+def _separated(separator: str) -> Callable[[Text], Rows]:
+    """Rows under a heading. Where the heading holds another separator and not this one, it is that (a semicolon, where the
+    comma is the decimal point)."""
+
+    def read(file: Text) -> Rows:
         csv.field_size_limit(1 << 30)
-        with open(path, encoding=encoding, newline="") as f:
-            reader = csv.DictReader(f, delimiter=delimiter)
-            names = reader.fieldnames or []
-            twice = next((n for n in names if names.count(n) > 1), None)
-            if twice is not None:
-                raise DataError(f"two columns are called {twice!r}", where=str(path))
-            for row in reader:
-                place = f"{path}, line {reader.line_num}"
-                if None in row:
+        with file.open(newline="") as f:
+            first = next((line for line in f if line.strip()), "")
+            own = next((c for c in (separator, *SEPARATORS) if c in first), separator)
+            f.seek(0)
+            reader = csv.reader(f, delimiter=own, strict=True, quoting=csv.QUOTE_MINIMAL if file.quotes else csv.QUOTE_NONE)
+            names: list[str] = []
+            while True:
+                place = f"{file.path}, line {reader.line_num + 1}"
+                try:
+                    fields = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as e:
+                    yield place, BadRow(f"a quote is not closed, or something stands after it: {e}", QUOTES)
+                    continue
+                if not names:
+                    names = [n.strip() for n in fields] if any(map(str.strip, fields)) else []
+                    twice = next((n for n in names if n and names.count(n) > 1), None)
+                    if twice is not None:
+                        raise DataError(f"two columns are called {twice!r}", where=str(file.path), fix="Rename one of them")
+                elif any(fields[len(names) :]):
                     yield place, BadRow("more fields than columns", "Quote fields that hold the separator, or skip such rows: data.on_error=skip")
-                else:
-                    yield place, row
+                elif fields:
+                    yield place, {n: v for n, v in zip_longest(names, fields[: len(names)]) if n}
 
     return read
 
 
-def _jsonl(path: Path, encoding: str) -> Rows:
-    with open(path, encoding=encoding) as f:
+def _jsonl(file: Text) -> Rows:
+    with file.open() as f:
+        if re.match(r"\s*\[\s*\{", f.read(PEEK)):  # one list of mappings, as a .json holds it
+            yield from _whole(file)
+            return
+        f.seek(0)
         for i, line in enumerate(f, 1):
             if line.strip():
-                place = f"{path}, line {i}"
+                place = f"{file.path}, line {i}"
                 try:
                     yield place, _mapping(json.loads(line))
                 except json.JSONDecodeError as e:
-                    yield place, BadRow(f"not JSON: {e}")
+                    comma = "A line is a mapping, with no comma after it; mend it" if e.msg == "Extra data" else "Mend the row"
+                    yield place, BadRow(f"not JSON: {e.msg}, column {e.colno}", f"{comma}, or skip such rows: data.on_error=skip")
 
 
-def _json(path: Path, encoding: str) -> Rows:
-    with open(path, encoding=encoding) as f:
-        data = json.load(f)
+def _json(file: Text) -> Rows:
+    with file.open() as f:
+        first = next((line for line in f if line.strip()), "")
+        more = any(line.strip() for line in f)
+    try:
+        by_line = more and isinstance(json.loads(first), dict)  # as a .jsonl holds it
+    except json.JSONDecodeError:
+        by_line = False
+    return _jsonl(file) if by_line else _whole(file)
+
+
+def _whole(file: Text) -> Rows:
+    try:
+        with file.open() as f:
+            text = f.read()
+        data = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as e:
+        fix = "A list of mappings, or a mapping a line"
+        raise DataError(f"not JSON: {e.msg}, column {e.colno}", where=f"{file.path}, line {e.lineno}", fix=fix) from None
     for i, row in enumerate(data if isinstance(data, list) else [data], 1):
-        yield f"{path}, item {i}", _mapping(row)
+        yield f"{file.path}, item {i}", _mapping(row)
 
 
-def _lines(path: Path, encoding: str) -> Rows:
-    with open(path, encoding=encoding) as f:
+def _lines(file: Text) -> Rows:
+    with file.open() as f:
         for i, line in enumerate(f, 1):
             if line.strip():
-                yield f"{path}, line {i}", {"text": line.rstrip("\n")}
+                yield f"{file.path}, line {i}", {"text": line.rstrip("\n")}
 
 
-def _parquet(path: Path, encoding: str) -> Rows:
+def _parquet(path: Path) -> Rows:
     import pyarrow.lib
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except pyarrow.lib.ArrowInvalid as e:
-        raise DataError(f"not a parquet file: {str(e).splitlines()[0]}", where=str(path)) from None
     i = 0
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
-            i += 1
-            yield f"{path}, row {i}", row
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                i += 1
+                yield f"{path}, row {i}", row
+    except pyarrow.lib.ArrowException as e:
+        raise DataError(f"not a parquet file: {str(e).splitlines()[0]}", where=str(path)) from None
 
 
-READERS: dict[str, Callable[[Path, str], Rows]] = {
+READERS: dict[str, Callable[[Any], Rows]] = {
     ".csv": _separated(","),
     ".tsv": _separated("\t"),
     ".json": _json,
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
-    ".parquet": _parquet,
     ".txt": _lines,
+    ".parquet": _parquet,
 }
 
 
@@ -147,7 +243,13 @@ def _folder(path: Path, split: str, subset: str | None) -> Rows:
 def _saved(path: Path, split: str) -> Rows:
     from datasets import DatasetDict, load_from_disk
 
-    data = load_from_disk(str(path))
+    try:
+        data = load_from_disk(str(path))
+    except IndexError as e:  # it saves a dataset without rows so that it cannot be opened
+        raise DataError("a dataset without rows", where=str(path), fix="Save it again with save_to_disk") from e
+    except Exception as e:  # the library, pyarrow and json each raise their own
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise DataError(f"a dataset that cannot be opened: {reason}", where=str(path), fix="Save it again with save_to_disk") from e
     if isinstance(data, DatasetDict):
         if split not in data:
             raise DataError(f"there is no split {split!r}", where=str(path), fix=did_you_mean(split, data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -91,14 +92,16 @@ def read_table(
     split: str = "train",
     subset: str | None = None,
     on_error: str = "stop",
+    quotes: bool = True,
 ) -> Table:
-    """The table at `source`: a file (csv, tsv, json, jsonl, parquet, txt), a folder of pictures or sounds with one folder
+    """The table at `source`: a file (csv, tsv, json, jsonl, txt, also compressed; parquet), a folder of pictures or sounds with one folder
     for each label, a folder that `datasets` saved, or a dataset's name on the hub.
 
     formats      those that may be found, in order; format: the one that it is
     columns      field -> column, where the usual names are not used; `text` and `label` are short for two of them
     split        of a dataset; subset: its configuration's name
     on_error     'stop': the first bad row is an error; 'skip': it is left out and counted in `Table.skipped`
+    quotes       whether fields of csv and tsv may stand in quotes
 
     Raises: DataError, naming file, row and reason: no such file, a wrong encoding, a column that is missing, an empty
     text or label, no rows; ConfigError for an unknown format or field.
@@ -107,10 +110,10 @@ def read_table(
     accepted = [format] if format is not None else list(formats)
     if format is not None and format in FORMATS and formats and format not in formats:
         raise ConfigError(f"this task does not take {format}", where="data.format", fix=f"It takes {', '.join(formats)}")
-    folder = Path() if not Path(source).is_file() else Path(source).parent
+    folder = Path(source).parent if os.path.isfile(source) else Path()  # a file that may not be looked at is told by its reader
     rows, places, skipped = [], [], []
     found: tuple[Format, dict[str, str]] | None = None
-    for place, row in read_rows(source, encoding=encoding, split=split, subset=subset):
+    for place, row in read_rows(source, encoding=encoding, split=split, subset=subset, quotes=quotes):
         try:
             if isinstance(row, BadRow):
                 raise row

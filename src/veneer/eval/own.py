@@ -25,15 +25,7 @@ def own(predictor: Predictor, data: str | None = None, *, base: bool = False) ->
     Raises: DataError (data that is not there, labels that training never saw).
     """
     config, task = predictor.config, predictor.task
-    d = config.data
-    if data is None:
-        rows = tables(config)[1]
-    else:
-        rows = table(
-            data, text=d.text, label=d.label, encoding=d.encoding, formats=task.formats, format=d.format, columns=d.columns, split=d.eval_split,
-            subset=d.subset, on_error=d.on_error,
-        )  # fmt: skip
-        check_labels(task, rows)
+    rows = tables(config)[1] if data is None else rows_like_training(predictor, data)
     encoded = encode(task, rows)
     ready: Any = encoded.data
     if config.packing:
@@ -41,11 +33,23 @@ def own(predictor: Predictor, data: str | None = None, *, base: bool = False) ->
 
         ready = Dataset.from_list(pack(ready.to_list(), task.longest))
     adapter = predictor.opened.adapter
-    p = Prepared(config, predictor.model, predictor.tokenizer, adapter.plan, adapter, ready, ready, predictor.labels, task, (rows, rows), (encoded, encoded))
+    both: Any = (rows, rows), (encoded, encoded)
+    p = Prepared(config, predictor.model, predictor.tokenizer, adapter.plan, adapter, adapter.plan, ready, ready, predictor.labels, task, *both)
     with tempfile.TemporaryDirectory() as aside, disabled(p.model) if base else contextlib.nullcontext():
         trainer = make_trainer(p, Path(aside), Batch(config.batch_size, 1), [], quiet=True)
         found = reported(p, trainer.evaluate())
     return [Score(config.task, name, value, None, len(encoded.rows)) for name, value in found.items()]
+
+
+def rows_like_training(predictor: Predictor, data: str) -> Any:
+    """The table `data`, read as the run's own. Raises: DataError."""
+    d, task = predictor.config.data, predictor.task
+    rows = table(
+        data, text=d.text, label=d.label, encoding=d.encoding, formats=task.formats, format=d.format, columns=d.columns, split=d.eval_split,
+        subset=d.subset, on_error=d.on_error, quotes=d.quotes,
+    )  # fmt: skip
+    check_labels(task, rows)
+    return rows
 
 
 def check_labels(task: Any, rows: Any) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError, did_you_mean
 
-VERSION = 1
+VERSION, TASKS = 1, "tasks"
 TaskName = Literal[
     "text-classification",
     "multi-label-classification",
     "regression",
     "token-classification",
     "causal-lm",
+    "masked-lm",
     "chat",
     "text-to-text",
     "dpo",
@@ -42,12 +44,14 @@ class DataConfig(Strict):
     columns: dict[str, str] = Field({}, description="field: column, where the usual names are not used")
     text: str | None = Field(None, description="short for columns.text")
     label: str | None = Field(None, description="short for columns.label")
-    encoding: str = "utf-8"
+    encoding: str = Field("utf-8", description="a file's own byte-order mark goes before it")
+    quotes: bool = Field(True, description="csv, tsv: fields may stand in quotes; false: a quote is a letter")
     split: str = Field("train", description="of a dataset")
     eval_split: str = Field("test", description="of the dataset `eval`")
     subset: str | None = Field(None, description="a dataset's configuration")
     limit: int | None = Field(None, ge=1, description="train on that many rows, drawn with the seed")
     eval_rows: int | None = Field(None, ge=1)
+    workers: int = Field(0, ge=0, description="processes that open pictures and sounds beside the one that trains")
     on_error: Literal["stop", "skip"] = Field("stop", description="skip: leave bad rows out and count them")
 
 
@@ -58,10 +62,11 @@ class TrainConfig(Strict):
     model: str
     data: DataConfig
     plan: Any = "lora"
+    adapters: dict[str, str] = Field({}, description="trained adapters (folders of runs) that the plan uses, by name: {use: NAME}")
     task: TaskName = "text-classification"
     output: str = "runs/train"
     name: str = "adapter"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 32)
     epochs: float = Field(3.0, gt=0)
     max_steps: int = Field(-1, ge=-1)
     batch_size: int = Field(16, ge=1, description="rows in memory at once; less where they do not fit, with more accumulation")
@@ -71,21 +76,34 @@ class TrainConfig(Strict):
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
     max_length: int = Field(128, ge=2, description="tokens; what is longer is cut, and counted")
-    max_seconds: float = Field(30.0, gt=0, description="of a sound")
-    chat_template: str | None = Field(None, description="a file, or chatml; default: the tokenizer's own")
-    loss_on: Literal["answers", "all"] = Field("answers", description="answers: what the assistant says, or the completion")
+    max_seconds: float = Field(30.0, gt=0, description="of a sound", json_schema_extra={TASKS: ["audio-classification"]})
+    chat_template: str | None = Field(None, description="a file, or chatml; default: the tokenizer's own", json_schema_extra={TASKS: ["chat", "dpo"]})
+    loss_on: Literal["answers", "all"] = Field(
+        "answers", description="answers: what the assistant says, or the completion", json_schema_extra={TASKS: ["causal-lm", "chat"]}
+    )
     packing: bool = Field(False, description="several sequences in one row, kept apart")
-    beta: float = Field(0.1, gt=0, description="dpo: how far the base holds the model")
+    beta: float = Field(0.1, gt=0, description="dpo: how far the base holds the model", json_schema_extra={TASKS: ["dpo"]})
     checkpoint_every: int | None = Field(None, ge=1, description="steps; default: once an epoch")
     keep_checkpoints: int = Field(2, ge=1)
     choose_best: bool = Field(True, description="evaluate at each checkpoint and keep the best; otherwise the last is kept")
+    best_metric: str | None = Field(None, description="what the best is chosen by; default: by task, see docs/training.md")
+    eval_generate: bool | Annotated[int, Field(ge=1)] = Field(
+        False, description="tasks that answer in text: at each evaluation write answers to that many of its rows (true: 32), and score them"
+    )
+    max_new_tokens: int = Field(64, ge=1, description="of an answer that is written in an evaluation")
     early_stopping: int | None = Field(None, ge=1, description="stop after that many evaluations without a better one")
     stop_on_spike: float | None = Field(3.0, gt=1, description="stop where the loss is that many times what it was at worst so far")
     bf16: bool = False
     gradient_checkpointing: bool | Literal["auto"] = Field("auto", description="auto: where the estimate does not fit the memory")
     quantization: Quantization | None = Field(None, description="of the base")
-    report_to: list[str] = []
+    report_to: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
     resume: bool = True
+
+
+def meant_for() -> dict[str, list[str]]:
+    """The keys that some tasks alone have a use for, each with those; the schema says it too."""
+    extras = ((name, field.json_schema_extra) for name, field in TrainConfig.model_fields.items())
+    return {name: list(extra[TASKS]) for name, extra in extras if isinstance(extra, dict) and isinstance(extra.get(TASKS), list)}  # type: ignore[arg-type]
 
 
 # keys of other trainers that mean one of these
@@ -94,6 +112,8 @@ ALIASES = {
     "gradient_accumulation_steps": "gradient_accumulation", "output_dir": "output", "base_model": "model", "model_name_or_path": "model",
     "adapter": "plan", "max_seq_length": "max_length", "sequence_len": "max_length", "sample_packing": "packing", "load_in_4bit": "quantization",
     "load_in_8bit": "quantization", "warmup_ratio": "warmup", "save_steps": "checkpoint_every", "datasets": "data",
+    "metric_for_best_model": "best_metric", "predict_with_generate": "eval_generate", "generation_max_length": "max_new_tokens",
+    "load_best_model_at_end": "choose_best",
 }  # fmt: skip
 
 
@@ -111,16 +131,36 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        # JSON's escapes of what lies beyond 16 bits are none of YAML's
+        data = json.loads(raw) if path.suffix.lower() == ".json" else yaml.load(raw, _once())
     except FileNotFoundError:
         raise ConfigError("there is no such file", where=str(path), fix="Give the path of a YAML configuration; examples/ has some") from None
     except IsADirectoryError:
         raise ConfigError("this is a folder", where=str(path), fix="Give the path of a YAML configuration") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"not YAML: {' '.join(str(e).split())}", where=str(path)) from None
+    except OSError as e:
+        raise ConfigError(f"cannot be read: {e.strerror or e}", where=str(path)) from None
+    except (yaml.YAMLError, ValueError) as e:  # JSON's errors and those of encodings are ValueErrors
+        raise ConfigError(f"not {'JSON' if path.suffix.lower() == '.json' else 'YAML'}: {' '.join(str(e).split())}", where=str(path)) from None
     if not isinstance(data, dict):
         raise ConfigError(f"a configuration is a mapping, not {type(data).__name__}", where=str(path))
     return data
+
+
+def _once() -> Any:
+    """YAML's safe loader, for which a key that stands twice is an error: the later one would win without a word."""
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                seen.add(key.value if isinstance(key.value, str) else id(key))
+            return super().construct_mapping(node, deep)
+
+    return Once
 
 
 def override(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -176,6 +216,8 @@ def make_config(data: dict[str, Any], where: str = "configuration") -> TrainConf
             fields = DataConfig.model_fields if len(first["loc"]) > 1 else TrainConfig.model_fields
             fix = f"It is called {ALIASES[last]!r} here" if ALIASES.get(last) in fields else did_you_mean(last, fields)
             raise ConfigError(f"there is no key {place!r}", where=where, fix=fix) from None
+        if first["type"] == "model_type":
+            raise ConfigError(f"{place} holds keys of its own, and this is {first.get('input')!r}", where=where, fix=f"For example {place}.train=…") from None
         if first["type"] == "missing":
             raise ConfigError(f"the key {place!r} is missing", where=where, fix=f"Give it, as {place}=…") from None
         if first["type"] == "literal_error":

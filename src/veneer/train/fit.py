@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError
+from .together import alone, some
 
 ROOM = 0.9  # of the free memory; the rest is for what an allocator cannot reuse
 ADAM = 12  # bytes for each trained number: its gradient and two moments in fp32
@@ -65,20 +68,36 @@ def storages(t: torch.Tensor) -> Iterator[torch.UntypedStorage]:
 
 
 def roomy(trainer: Any, row: dict[str, Any], rows: int) -> bool:
-    """Whether `rows` rows like `row` fit by the estimate; not where even measuring one runs out of memory."""
+    """Whether `rows` rows like `row` fit by the estimate, in every process; not where even measuring one runs out of memory."""
     try:
-        return estimate(trainer, row).fits(rows)
+        fits = estimate(trainer, row).fits(rows)
     except (RuntimeError, MemoryError) as e:
         if not ran_out(e):
             raise
-        return False
+        fits = False
+    return not some(not fits, trainer.args.device)
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether `error` says that the memory was too small."""
+    """Whether `error` says that the memory was too small: of a GPU, or of the process (a limit, a container) on a CPU."""
     from accelerate.utils.memory import should_reduce_batch_size
 
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, Exception) and should_reduce_batch_size(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # C++'s own, and oneDNN's word where it gets no room for its kernels
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in ("bad_alloc", "could not create a primitive"))
+    return said or isinstance(error, Exception) and should_reduce_batch_size(error)
+
+
+def release(model: Any) -> None:
+    """Give back what a pass that ran out of memory had taken."""
+    from accelerate.utils.memory import clear_device_cache
+
+    model.zero_grad(set_to_none=True)
+    clear_device_cache(garbage_collection=True)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)  # what glibc keeps for itself is no room for the kernels that oneDNN compiles
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -101,21 +120,22 @@ def seconds(trainer: Any, rows: list[dict[str, Any]]) -> float:
 
 def find_micro_batch(trainer: Any, rows: list[dict[str, Any]], batch: int) -> int:
     """The largest micro-batch, `batch` or a divisor of it, with which a forward and backward pass over the first (the
-    longest) of `rows` fits. Nothing of it remains: gradients, buffers and random numbers are as before.
+    longest) of `rows` fits beside what the optimiser will hold; in every process, where there are several. Nothing of it
+    remains: gradients, buffers and random numbers are as before.
 
     Raises: ConfigError where one row alone does not fit.
     """
-    from accelerate.utils.memory import clear_device_cache
-
     for micro in (n for n in range(batch, 0, -1) if batch % n == 0):
+        full = ""
         try:
             _try(trainer, rows[:micro])
-            return micro
         except (RuntimeError, MemoryError) as e:
             if not ran_out(e):
                 raise
-        trainer.model.zero_grad(set_to_none=True)
-        clear_device_cache(garbage_collection=True)
+            full = (str(e).splitlines() or [type(e).__name__])[0]
+        if not some(bool(full), trainer.args.device):
+            return micro
+        release(trainer.model)
         if trainer.task is not None and trainer.task.coupled:
             raise ConfigError(
                 f"{micro} rows do not fit the memory, and this loss compares the rows of a batch, so that smaller parts would change it",
@@ -123,15 +143,18 @@ def find_micro_batch(trainer: Any, rows: list[dict[str, Any]], batch: int) -> in
                 fix=f"batch_size={max(1, micro // 2)}, a smaller max_length, or gradient_checkpointing=true",
             )
     raise ConfigError(
-        "not even one row of the longest fits the memory",
+        f"not even one row of the longest fits the memory: {full or 'in another process'}",
         where="max_length",
         fix="A smaller max_length, gradient_checkpointing=true, quantization=nf4, or another model",
     )
 
 
 def _try(trainer: Any, rows: list[dict[str, Any]]) -> None:
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    held = [torch.empty(2 * p.numel(), dtype=torch.float32, device=p.device) for p in trained]  # as AdamW's moments, from the first step on
     with aside(trainer):
         _loss(trainer, rows).backward()
+    del held
 
 
 def _loss(trainer: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -142,14 +165,15 @@ def _loss(trainer: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def aside(trainer: Any) -> Iterator[None]:
-    """A pass in training mode that leaves no trace."""
+    """A pass in training mode, of this process alone, that leaves no trace."""
     model = trainer.model
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     training = model.training
     model.train()
     try:
-        yield
+        with alone(trainer):
+            yield
     finally:
         model.train(training)
         model.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""What ends a run early and loses nothing: a loss that is no number or leaps, Ctrl-C, a full disk."""
+"""What ends a run early and loses nothing: a loss that is no number or leaps, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from ..errors import StoreError, VeneerError
+from .together import processes, some
 from .trainer import fill_with, tensors_in
 
 SETTLED = 5  # logged losses before a leap can be told from a start
 
 
 class Guard(TrainerCallback):
-    """Stops where the logged loss is not finite, or more than `spike` times the highest logged before, and keeps the
-    adapter as it was at the last log before that (on the CPU; adapters are small).
+    """Stops where the logged loss is not finite, or more than `spike` times the highest logged before, and keeps the last
+    adapter that was trained on from without harm: a logged loss says nothing yet of the step that it led to, so the state of a
+    log counts as good when the next one is (on the CPU; adapters are small).
 
     spike  None: only what is not finite stops it
 
@@ -32,13 +32,14 @@ class Guard(TrainerCallback):
         self.name, self.spike = name, spike
         self.losses: list[float] = []
         self.good: dict[str, torch.Tensor] | None = None
-        self.step, self.reason = 0, ""
+        self.latest: dict[str, torch.Tensor] | None = None
+        self.reason = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         # a run that goes on begins with what its checkpoint holds
         self.losses = [entry["loss"] for entry in state.log_history if math.isfinite(entry.get("loss", math.nan))]
         if self.losses:
-            self.good, self.step = self.now(model), state.global_step
+            self.good = self.latest = self.now(model)
 
     def now(self, model: Any) -> dict[str, torch.Tensor] | None:
         """A copy of the adapter, or None where its numbers are not finite."""
@@ -58,7 +59,7 @@ class Guard(TrainerCallback):
             now = self.now(model)
             if now is not None:
                 self.losses.append(loss)
-                self.good, self.step = now, state.global_step
+                self.good, self.latest = self.latest, now
                 return
             self.reason = f"the adapter's numbers are not finite after step {state.global_step}"
         control.should_training_stop = True
@@ -71,12 +72,17 @@ class Guard(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) lets the step end, saves a checkpoint and stops; the second stops at once."""
+    """The first Ctrl-C (or SIGTERM) lets the step end, saves a checkpoint and stops; the second stops at once.
+
+    Of several processes all stop after the same step, whichever was told first. Their launcher passes a Ctrl-C on that each has
+    had already, and kills them after a while, so a second one means nothing there.
+    """
 
     def __init__(self) -> None:
         self.hit = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hit = some(self.hit, args.device)
         if self.hit:
             control.should_save = control.should_training_stop = True
 
@@ -87,7 +93,7 @@ class Interrupt(TrainerCallback):
             return
 
         def once(number: int, frame: Any) -> None:
-            if self.hit:
+            if self.hit and processes() == 1:
                 raise KeyboardInterrupt
             self.hit = True
 
@@ -97,22 +103,3 @@ class Interrupt(TrainerCallback):
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
-
-
-@contextlib.contextmanager
-def full_disk(folder: Path) -> Iterator[None]:
-    """What Trainer says when it cannot write becomes a StoreError that says what is kept."""
-    try:
-        yield
-    except VeneerError:
-        raise
-    except (OSError, RuntimeError) as e:
-        said = str(e)
-        if not (isinstance(e, OSError) and e.errno is not None or "PytorchStreamWriter" in said or "No space left" in said):
-            raise
-        reason = getattr(e, "strerror", None) or said.splitlines()[0]
-        raise StoreError(
-            f"a checkpoint cannot be written: {reason}",
-            where=str(folder),
-            fix="Make room; the last whole checkpoint is kept, and the same command goes on from it",
-        ) from e

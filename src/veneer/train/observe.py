@@ -27,7 +27,8 @@ def observe(folder: Path, trainer: Any, run: Any) -> None:
 
     run  with task, config.name
     """
-    answers, rows = run.task.answers(trainer, run), gate_rows(trainer, run.config.name)
+    answers = run.task.answers(trainer, run) if trainer.written is None else {"samples": trainer.written.samples()}
+    rows = gate_rows(trainer, run.config.name)
     if not trainer.is_world_process_zero():
         return
     _write(folder / OBSERVED, answers)
@@ -50,10 +51,10 @@ class Seen:
         return self.compute(prediction)
 
 
-def classes(prediction: Any, labels: list[str], texts: Callable[[int], str]) -> dict[str, Any]:
+def classes(prediction: Any, labels: list[str], texts: Callable[[int], str], pictures: Callable[[int], str | None] = lambda i: None) -> dict[str, Any]:
     """counts[truth][answer] over the classes `labels`, and the surest mistakes.
 
-    prediction  logits (rows x classes) and label_ids (rows); texts: row -> its text
+    prediction  logits (rows x classes) and label_ids (rows); texts: row -> its text; pictures: row -> a data URI
     """
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     scores = torch.softmax(torch.as_tensor(np.asarray(logits)).float(), -1).numpy()
@@ -63,6 +64,9 @@ def classes(prediction: Any, labels: list[str], texts: Callable[[int], str]) -> 
     wrong = np.flatnonzero(truth != guess)
     wrong = wrong[np.argsort(-scores[wrong, guess[wrong]], kind="stable")][:MISTAKES]
     mistakes = [{"text": texts(int(i)), "truth": labels[truth[i]], "answer": labels[guess[i]], "probability": float(scores[i, guess[i]])} for i in wrong]
+    for i, mistake in zip(wrong, mistakes, strict=True):
+        if picture := pictures(int(i)):
+            mistake["picture"] = picture
     return {"labels": labels, "counts": counts.tolist(), "mistakes": mistakes}
 
 
@@ -92,7 +96,7 @@ def samples(model: Any, tokenizer: Any, rows: Any) -> list[dict[str, str]]:
 def gate_rows(trainer: Any, name: str) -> list[dict[str, Any]]:
     """The rows of vn.gates for the adapter `name` on at most `GATED_ROWS` evaluation rows, evenly drawn; none where it has
     no gates."""
-    from torch.utils.data import Subset
+    from torch.utils.data import DataLoader, Subset
 
     from ..attach import state_of
     from ..gates import gates
@@ -100,8 +104,9 @@ def gate_rows(trainer: Any, name: str) -> list[dict[str, Any]]:
     if all(p.gate is None for p in state_of(trainer.model).adapters[name].parts):
         return []
     rows = trainer.eval_dataset
-    batches = trainer.get_eval_dataloader(Subset(rows, range(0, len(rows), -(-len(rows) // GATED_ROWS))))
-    return gates(trainer.model, map(trainer.task.inputs, batches), name).rows
+    some = Subset(rows, range(0, len(rows), -(-len(rows) // GATED_ROWS)))
+    batches = DataLoader(some, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)  # all, in every process
+    return gates(trainer.model, (trainer.task.inputs(trainer._prepare_inputs(b)) for b in batches), name).rows
 
 
 def hardware() -> dict[str, str]:

@@ -10,21 +10,27 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter
-from ..attach import attach
+from ..adapter import Adapter, known
+from ..attach import attach, detach, state_of
+from ..compose.held import written_out
 from ..data.builtin import model_path, table
-from ..data.formats import BadRow
-from ..data.packing import check_packing, pack
+from ..data.formats import FORMATS, BadRow
+from ..data.packing import check_causal, check_packing, pack
 from ..data.tables import Table
-from ..errors import ConfigError, DataError
-from ..methods import Full
+from ..errors import ConfigError, DataError, did_you_mean
+from ..fingerprint import packed
+from ..methods import holder
 from ..plan import Plan
-from .config import TrainConfig
+from ..store import load
+from .config import TrainConfig, meant_for
 from .quantize import quantization
 from .tasks import find_task
 from .tasks.base import Task
+from .written import Written, best_of
 
 CHUNK = 1000
+# fields that one of two tables of a kind may lack; a score beside pairs is one, where a task does without
+OPTIONAL = {"label"} | {f.name for fmt in FORMATS.values() for f in fmt.fields if f.optional}
 
 
 @dataclass
@@ -45,19 +51,27 @@ class Encoded:
 
 @dataclass
 class Prepared:
-    """All that a run needs before its first step; `tokenizer` is the task's processor, whatever it reads."""
+    """All that a run needs before its first step; `tokenizer` is the task's processor, whatever it reads; `asked` is the
+    plan without the head that was added to it; `written` what is generated at evaluations, if anything."""
 
     config: TrainConfig
     model: Any
     tokenizer: Any
     plan: Plan
     adapter: Adapter
+    asked: Plan
     train: Any
     evaluation: Any
     labels: list[str]
     task: Task = field(repr=False, default=None)  # type: ignore[assignment]
     tables: tuple[Table, Table] = field(repr=False, default=None)  # type: ignore[assignment]
     encoded: tuple[Encoded, Encoded] = field(repr=False, default=None)  # type: ignore[assignment]
+    written: Written | None = field(repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        best_of(self)
+        if self.config.eval_generate:
+            self.written = Written(self)
 
     def counts(self) -> dict[str, Any]:
         """What run.json says of the data: its format, rows, rows cut and skipped (with the first reasons)."""
@@ -75,7 +89,7 @@ def tables(config: TrainConfig) -> tuple[Table, Table]:
     d, task = config.data, find_task(config.task)(config)
     options = {
         "text": d.text, "label": d.label, "encoding": d.encoding, "formats": task.formats, "format": d.format, "columns": d.columns,
-        "subset": d.subset, "on_error": d.on_error,
+        "subset": d.subset, "on_error": d.on_error, "quotes": d.quotes,
     }  # fmt: skip
     whole = table(d.train, split=d.split, **options)
     if d.eval is None:
@@ -90,6 +104,13 @@ def tables(config: TrainConfig) -> tuple[Table, Table]:
         task.check(train, test)
         return train, test
     test = table(d.eval, split=d.eval_split, **options)
+    differ = (set(whole.rows[0]) ^ set(test.rows[0])) - OPTIONAL
+    if differ:
+        raise DataError(
+            f"the rows for evaluation are {test.format}, and those for training {whole.format}",
+            where=test.source,
+            fix="Give both the same columns, or name the format: data.format=…",
+        )
     task.check(whole, test)
     if d.limit is not None and d.limit < len(whole):
         whole = whole.split(d.limit, 0, config.seed)[0]
@@ -130,6 +151,9 @@ def _load(config: TrainConfig, labels: list[str], processor: Path | None = None)
 
     task = find_task(config.task)
     path = model_path(config.model)
+    if len(Path(path).parts) > 2 and not Path(path).exists():
+        near = [p.name for p in Path(path).parent.glob("*")] if Path(path).parent.is_dir() else []
+        raise ConfigError("there is no such folder", where=config.model, fix=f"Nearby: {did_you_mean(Path(path).name, near)}")
     extra: dict[str, Any] = {"dtype": torch.bfloat16 if config.bf16 and torch.cuda.is_available() else torch.float32, **quantization(config.quantization)}
     extra |= task.model_options
     if labels:
@@ -162,6 +186,11 @@ def _load(config: TrainConfig, labels: list[str], processor: Path | None = None)
         transformers.logging.set_verbosity(before)
         if bar:
             transformers.logging.enable_progress_bar()
+    if config.quantization is not None and not any(packed(p) or not p.is_floating_point() for p in model.parameters()):
+        raise ConfigError(
+            "nothing of the base was quantised: no linear has a size that this quantiser takes", where=f"quantization={config.quantization}",
+            fix="Another quantisation, or none",
+        )  # fmt: skip
     if hasattr(tools, "pad_token"):
         if tools.pad_token is None:
             tools.pad_token = tools.eos_token
@@ -177,37 +206,68 @@ def prepare(config: TrainConfig, rows: tuple[Table, Table] | None = None) -> Pre
     task = find_task(config.task)(config)
     if config.packing and not task.packs:
         raise ConfigError(f"{task.name} has no rows that could be packed", where="packing", fix="packing=false")
+    for key, names in meant_for().items():
+        if task.name not in names and getattr(config, key) != TrainConfig.model_fields[key].default:
+            raise ConfigError(f"{task.name} has no use for it", where=key, fix=f"Leave it out; it is for {', '.join(names)}")
     train, test = rows or tables(config)
     labels = task.labels = task.names(train)
     model, tools, fresh = _load(config, labels)
-    if task.head:
-        plan = with_head(plan, fresh, model)
+    asked = borrowed(config, model, plan)
+    for extra in heads(asked, fresh, model, task.head) if task.head or task.fresh else []:
+        plan = plan + extra
     adapter = attach(model, plan, name=config.name, tokenizer=tools)
+    for name in config.adapters:
+        detach(model, name)
     task.model, task.tools = model, tools
     task.longest = longest(config, model, tools, adapter)
     task.ready()
+    if task.auto == "AutoModelForCausalLM" and config.quantization is None:
+        check_causal(model)
     if config.packing:
-        check_packing(model, plan)
+        check_packing(model, adapter.plan)
     encoded = encode(task, train), encode(task, test)
+    if any(len(e.skipped) > len(t.skipped) for e, t in zip(encoded, (train, test), strict=True)):
+        task.check(train.take(encoded[0].rows), test.take(encoded[1].rows))  # what is left may lack a class
     data = [e.data for e in encoded]
     if config.packing:
         from datasets import Dataset
 
         data = [Dataset.from_list(pack(d.to_list(), task.longest)) for d in data]
-    return Prepared(config, model, tools, plan, adapter, *data, labels, task, (train, test), encoded)
+    return Prepared(config, model, tools, adapter.plan, adapter, asked, *data, labels, task, (train, test), encoded)
 
 
-def with_head(plan: Plan, fresh: Iterable[str], model: Any) -> Plan:
-    """`plan` with the head, and with whatever else the checkpoint did not have: what is drawn at random must learn."""
+def borrowed(config: TrainConfig, model: Any, plan: Plan) -> Plan:
+    """`plan` with what it uses of `config.adapters` written out; those are attached to `model`, without their heads.
+    Raises: ConfigError (a name that the plan does not use, no such folder), AdapterError, StoreError."""
+    from ..serve.opened import adapter_in
+
+    for name, folder in config.adapters.items():
+        load(model, adapter_in(Path(folder))[0], name, activate=False, head=False)
+    if not plan.unresolved():
+        if config.adapters:
+            raise ConfigError("the plan uses none of them", where="adapters", fix=f"In the plan: {{use: {next(iter(config.adapters))}}}")
+        return plan
+    if not config.adapters:
+        raise ConfigError("the plan uses an adapter, and none is given", where="adapters", fix="adapters: {NAME: the folder of its run}")
+    state = state_of(model)
+    return written_out(plan, lambda name: state.adapters[known(state, name)])[0]
+
+
+def heads(plan: Plan, fresh: Iterable[str], model: Any, head: bool) -> list[Plan]:
+    """What is to be trained beside `plan`: the head, where the task has one of its own, and whatever else the checkpoint did
+    not have, since what is drawn at random must learn. What the plan trains whole by itself is left out."""
     from ..patterns import select
     from ..resolve import sites
 
-    if not any(m.name == "full" and m.at == "head" for m in plan.leaves()):
-        plan = plan + Full(at="head")
-    heads = {s.path for s in select(sites(model), "head", port="param")}
-    params = dict(model.named_parameters())
-    rest = sorted({k.rpartition(".")[0] for k in fresh if k in params} - heads)
-    return plan + Full(at=f"name:^({'|'.join(map(re.escape, rest))})$") if rest else plan
+    there = [s for s in sites(model) if s.port == "param"]
+    whole = {s.path for m in plan.leaves() if m.holds == "tensor" for s in select(there, m.at or m.default_at, port="param")}
+    own = {s.path for s in select(there, "head", port="param")} if head else set()
+    # a module of which the checkpoint has some tensors is not drawn: a missing bias starts at zero
+    had = {n.rpartition(".")[0] for n, _ in model.named_parameters(remove_duplicate=False) if n not in set(fresh)}
+    drawn = {k.rpartition(".")[0] for k in fresh} & {s.path for s in there} - own - whole - had
+    full = holder("tensor")
+    out = [] if own <= whole else [full(at="head")]
+    return out + ([full(at=f"name:^({'|'.join(map(re.escape, sorted(drawn)))})$")] if drawn else [])
 
 
 def longest(config: TrainConfig, model: Any, tools: Any, adapter: Adapter) -> int:

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..summary import Summary, summary
 from .config import TrainConfig
@@ -59,7 +60,7 @@ def preview(config: TrainConfig, *, rows: int = 3, measure: bool = True) -> Prev
     packed = None
     if config.packing:
         packed = len(p.train), sum(min(n, p.task.longest) for n in lengths) / (len(p.train) * p.task.longest)
-    rate = (config.learning_rate, "the configuration") if config.learning_rate else choose(p.plan)
+    rate = (config.learning_rate, "the configuration") if config.learning_rate else choose(p.asked)
     found = Preview(
         p, [p.task.segments(encoded.data[i]) for i in range(min(rows, len(encoded.rows)))],
         (lengths[0], int(statistics.median(lengths)), lengths[int(0.95 * (len(lengths) - 1))], lengths[-1]), encoded.cut, p.task.longest, packed,
@@ -96,13 +97,19 @@ def _notes(found: Preview) -> list[str]:
     p, config = found.prepared, found.prepared.config
     out = []
     total = len(p.encoded[0].rows)
-    if found.longest < config.max_length and found.lengths[3] > found.longest:
+    if p.task.cuts == "max_length" and found.longest < config.max_length and found.lengths[3] > found.longest:
         out.append(f"max_length is {config.max_length} and the model takes {found.longest}")
     if found.cut > MUCH * total:
-        out.append(f"{found.cut} of {total} rows ({found.cut / total:.0%}) are cut to {found.longest}; raise max_length if their ends matter")
+        out.append(
+            f"{found.cut} of {total} rows ({found.cut / total:.0%}) are cut to {p.task.measured(found.longest)}; raise {p.task.cuts} if their ends matter"
+        )
     if found.balance and max(found.balance.values()) > UNEVEN * min(found.balance.values()):
         most, least = max(found.balance, key=found.balance.__getitem__), min(found.balance, key=found.balance.__getitem__)
         out.append(f"{most!r} has {found.balance[most]} and {least!r} {found.balance[least]}: look at macro-F1, not at accuracy")
+    alike: dict[Any, list[str]] = {}
+    for name in found.balance:
+        alike.setdefault(_plain(name), []).append(name)
+    out += [f"{' and '.join(map(repr, names))} are counted as different labels" for names in alike.values() if len(names) > 1]
     for name, e in zip(("training", "evaluation"), p.encoded, strict=True):
         if e.skipped:
             place, why = e.skipped[0]
@@ -110,3 +117,11 @@ def _notes(found: Preview) -> list[str]:
     if found.memory is not None and not found.memory.fits(config.batch_size):
         out.append("this does not fit the free memory: a smaller micro-batch will be taken, with more accumulation")
     return out
+
+
+def _plain(label: str) -> Any:
+    """What two labels share that differ in how they are written alone: the number, or the words in small letters."""
+    try:
+        return float(label)
+    except ValueError:
+        return " ".join(label.casefold().split())

@@ -39,6 +39,8 @@ class Progress(TrainerCallback):
         self.testing: Any = None
         self.loss: float | None = None
         self.times: deque[tuple[float, int, int]] = deque(maxlen=WINDOW)
+        self.speed, self.pace = "", 0.0  # as they were last measured; seconds a step
+        self.ended = False
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -49,6 +51,7 @@ class Progress(TrainerCallback):
 
     # -- Trainer's events ---------------------------------------------------------------------------------------------
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ended = False
         if state.is_world_process_zero and not self.quiet:
             self.training = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, facts="")
             self._tick(args, state)
@@ -64,9 +67,14 @@ class Progress(TrainerCallback):
             return
         found = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_") and not k.endswith(("_runtime", "_per_second"))}
         if found:
-            self._line(f"step {state.global_step}: evaluation " + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, (int, float))))
+            best = getattr(state, "best_global_step", None) if self.ended else None
+            what = f"step {state.global_step}: evaluation" if best is None else f"the best, of step {best}: evaluation"
+            self._line(f"{what} " + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, (int, float))))
         elif "loss" in logs and not self.console.is_terminal:
             self._line(f"step {state.global_step}/{state.max_steps}: {self.facts()}, {self._left(state)} left")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ended = True  # what is evaluated from here on is what is kept
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
         if self.quiet or not state.is_world_process_zero:
@@ -89,21 +97,20 @@ class Progress(TrainerCallback):
     def facts(self) -> str:
         """Loss, speed and memory in one line."""
         out = [f"loss {self.loss:.4f}"] if self.loss is not None else []
-        if len(self.times) > 1:
-            (t0, tokens0, rows0), (t1, tokens1, rows1) = self.times[0], self.times[-1]
-            if t1 > t0:
-                out.append(f"{(tokens1 - tokens0) / (t1 - t0):,.0f} tokens/s" if tokens1 > tokens0 else f"{(rows1 - rows0) / (t1 - t0):,.1f} examples/s")
-        return ", ".join([*out, f"{size(memory())}"])
+        return ", ".join([*out, *([self.speed] if self.speed else []), f"{size(memory())}"])
 
     def _tick(self, args: Any, state: Any) -> None:
         rows = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.times.append((time.perf_counter(), state.num_input_tokens_seen, rows))
+        (t0, tokens0, rows0), (t1, tokens1, rows1) = self.times[0], self.times[-1]
+        if t1 > t0:
+            self.speed = f"{(tokens1 - tokens0) / (t1 - t0):,.0f} tokens/s" if tokens1 > tokens0 else f"{(rows1 - rows0) / (t1 - t0):,.1f} examples/s"
+            self.pace = (t1 - t0) / (len(self.times) - 1)
 
     def _left(self, state: Any) -> str:
-        if len(self.times) < 2:
+        if not self.pace:
             return "?"
-        pace = (self.times[-1][0] - self.times[0][0]) / (len(self.times) - 1)
-        minutes, seconds = divmod(round(pace * (state.max_steps - state.global_step)), 60)
+        minutes, seconds = divmod(round(self.pace * (state.max_steps - state.global_step)), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
     def _line(self, text: str) -> None:

@@ -35,6 +35,15 @@ class Compared:
     folder: str | None = None
 
 
+def soft_prompt(config: TrainConfig) -> tuple[Plan, list[Any]]:
+    """The plan, and its one soft prompt before the input. Raises: ConfigError where there is none, or several."""
+    plan = Plan.from_dict(config.plan, where="plan")
+    soft = [m for m in plan.leaves() if m.ports == ("embed",)]
+    if len(soft) != 1:
+        raise ConfigError(f"the plan has {len(soft)} soft prompts", where="plan", fix="Give one, as plan=prompt or plan=p-tuning")
+    return plan, soft
+
+
 def compare_prompts(
     config: TrainConfig, texts: Sequence[str] = (), *, rows: int = 64, steps: int = 10, tries: int = 32, candidates: int = 16, quiet: bool = True
 ) -> Iterator[Compared]:
@@ -47,10 +56,7 @@ def compare_prompts(
     Runs are folders in `config.output`, with the whole table in `prompts.json` at the end. Raises: ConfigError where the plan
     has no soft prompt before the input, or several; else what a run raises.
     """
-    plan = Plan.from_dict(config.plan, where="plan")
-    soft = [m for m in plan.leaves() if m.ports == ("embed",)]
-    if len(soft) != 1:
-        raise ConfigError(f"the plan has {len(soft)} soft prompts", where="plan", fix="Give one, as plan=prompt or plan=p-tuning")
+    plan, soft = soft_prompt(config)
     output, done, rest = Path(config.output), [], without(plan.to_dict())
     trains = rest is not None or find_task(config.task).head
 

@@ -15,6 +15,7 @@ def choose(plan: Plan) -> tuple[float, str]:
 
     Light methods want more than full fine-tuning's 2e-5, and the fewer parameters a method has, the more.
     """
-    methods = list(plan.leaves())
-    decides = min([m for m in methods if m.leads] or methods, key=lambda m: m.rate[0])
-    return decides.rate[0], f"{decides.name}: {decides.rate[1]}"
+    methods = [t.method for t in plan.terms() if not t.held] or list(plan.leaves())
+    decides = min([m for m in methods if m.leads] or methods, key=lambda m: m.default_rate()[0])
+    rate, source = decides.default_rate()
+    return rate, f"{decides.name}: {source}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import nested_truncate
 
 from ..attach import state_of
-from ..errors import StoreError
+from ..errors import ConfigError, StoreError
 from ..store import read_tensors, save, tensors_of, unfold, write_whole
 from ..training import advance, param_groups, penalty
+from .fit import ran_out, release
+from .folder import full_disk
+from .together import Share, alone, gathered, merged, processes
 
 STATE = "training.safetensors"
 
 
 class AdapterRuns:
     """For any Trainer: it saves and restores `adapter_name` in place of the whole model, trains with the learning rates
-    and the penalties that the plan's methods ask for, and takes the loss of `task` where that has one; all else is the
-    Trainer's."""
+    and the penalties that the plan's methods ask for, takes the loss of `task` where that has one, and adds the scores of
+    `written` (a `Written`) to those of an evaluation; all else is the Trainer's."""
 
     adapter_name = "adapter"
     task: Any = None
+    written: Any = None
 
     def __init__(self, model: Any = None, **kwargs: Any) -> None:
         # transformers trains a quantised model only where an adapter is attached, and this is how it asks
@@ -55,6 +61,60 @@ class AdapterRuns:
             return found
         more = penalty(self.model)  # type: ignore[arg-type]
         return (found[0] + more, found[1]) if isinstance(found, tuple) else found + more
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's; where the memory is too small for an evaluation batch, with half of it, if the loss allows."""
+        while True:
+            try:
+                return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+            except (RuntimeError, MemoryError) as e:
+                size = self.args.per_device_eval_batch_size
+                if not ran_out(e):
+                    raise
+                if size == 1 or self.task is not None and self.task.coupled:
+                    raise ConfigError("out of memory in an evaluation", where="eval_batch_size", fix="A smaller eval_batch_size or max_length") from None
+            release(self.model)
+            self.args.per_device_eval_batch_size = size // 2
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Trainer's, with the scores of what the model writes, where that is asked for."""
+        found = self._evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.written is not None:
+            found.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self.written(self).items()})
+        return found
+
+    def _evaluation_loop(self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Trainer's; of several processes each takes its share of the batches, so that the scores are one process's."""
+        own = {"metric_key_prefix": metric_key_prefix, **kwargs}
+        if processes() == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:  # shards move in step
+            return super().evaluation_loop(dataloader, description, *args, **own)  # type: ignore[misc]
+        share, compute, failure, found = Share(dataloader, self.args.per_device_eval_batch_size), self.compute_metrics, None, None
+        with alone(self):
+            self.gather_function, self.compute_metrics = lambda t, **k: nested_truncate(t, share.rows), None
+            try:
+                found = super().evaluation_loop(share, description, *args, **own)  # type: ignore[misc]
+            except (RuntimeError, MemoryError) as e:
+                failure = e
+            finally:
+                self.compute_metrics = compute
+        failures = [f for f in gathered(failure and ran_out(failure)) if f is not None]
+        if failures:  # all end alike, or those that go on would wait
+            raise failure or (MemoryError() if all(failures) else RuntimeError("the evaluation failed in another process"))
+        scores = getattr(self, "_metrics", {}).get("eval")  # trl's: each batch's, by name
+        if scores is not None:
+            shares = gathered(dict(scores))
+            scores.clear()
+            for name, values in ((k, v) for each in shares for k, v in each.items()):
+                scores[name] += values
+        return merged(gathered(found), compute, metric_key_prefix)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with full_disk(Path(self.args.output_dir), writing=True):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        gathered(None)  # the file that says that a checkpoint is whole comes next, from the first process
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
@@ -112,9 +172,19 @@ def fill_with(model: Any, name: str, tensors: dict[str, Tensor], where: str) -> 
     with torch.no_grad():
         for key, value in tensors.items():
             own[key].copy_(value)
+        for part in state_of(model).adapters[name].parts:
+            part.derive()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps that is whole, or None. Trainer writes its own state last."""
-    whole = [p for p in folder.glob("checkpoint-*") if (p / STATE).exists() and (p / "trainer_state.json").exists() and p.name.split("-")[-1].isdigit()]
-    return max(whole, key=lambda p: int(p.name.split("-")[-1]), default=None)
+    """The checkpoint with the most steps that is whole, or None."""
+    return max((p for p in folder.glob("checkpoint-*") if _whole(p)), key=lambda p: int(p.name.split("-")[-1]), default=None)
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Trainer writes its own state last: where that can be read, all else is there."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / STATE).exists() and checkpoint.name.split("-")[-1].isdigit()

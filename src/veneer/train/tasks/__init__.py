@@ -16,6 +16,7 @@ TASKS = {
     "regression": "classify.Regression",
     "token-classification": "tokens.TokenClassification",
     "causal-lm": "language.CausalLM",
+    "masked-lm": "masked.MaskedLM",
     "chat": "language.Chat",
     "text-to-text": "language.TextToText",
     "dpo": "preference.Preference",

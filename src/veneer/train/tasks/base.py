@@ -20,10 +20,13 @@ class Task:
     formats      of data, in the order in which they are looked for
     processor    transformers' class that turns rows into tensors, its options in `processor_options`
     head         whether the model's head is drawn anew and must be trained with the plan
-    best         (metric, whether more is better): what the best checkpoint is chosen by
+    fresh        whether what else the checkpoint lacks is trained with the plan; with `head` it always is
+    measures     what an evaluation gives, each with whether more is better
+    best         which of them the best checkpoint is chosen by, if the configuration names none
     by_token     whether the loss is a mean over tokens (of the whole batch), not over rows
     coupled      whether the loss compares the rows of a batch, so that a smaller micro-batch would change it
     packs        whether rows may be packed
+    cuts         the configuration's key by which long rows are cut; '' where all rows are of one size
 
     Once prepared, `config` (TrainConfig), `labels`, `tools` (the processor), `model` and `longest` (tokens) are set.
     """
@@ -34,10 +37,13 @@ class Task:
     processor: ClassVar[str] = "AutoTokenizer"
     processor_options: ClassVar[dict[str, Any]] = {}
     head: ClassVar[bool] = False
-    best: ClassVar[tuple[str, bool]] = ("loss", False)
+    fresh: ClassVar[bool] = False
+    measures: ClassVar[dict[str, bool]] = {"loss": False}
+    best: ClassVar[str] = "loss"
     by_token: ClassVar[bool] = False
     coupled: ClassVar[bool] = False
     packs: ClassVar[bool] = False
+    cuts: ClassVar[str] = "max_length"
     model_options: ClassVar[dict[str, Any]] = {}
     loss: Callable[..., Any] | None = None
     scores: Callable[..., dict[str, float]] | None = None
@@ -72,7 +78,8 @@ class Task:
         extra = sorted(set(self.names(test)) - set(names))
         if extra:
             shown = ", ".join(extra[:10]) + (f" and {len(extra) - 10} more" if len(extra) > 10 else "")
-            raise DataError(f"labels that training never sees: {shown}", where=test.source, fix="Take those rows out, or add examples of them")
+            first = next(i for i in range(len(test)) if set(self.names(test.take([i]))) & set(extra))
+            raise DataError(f"labels that training never sees: {shown}", where=test.place(first), fix="Take those rows out, or add examples of them")
 
     def ready(self) -> None:
         """Called once `tools` is loaded and before rows are encoded. Raises: ConfigError."""
@@ -92,6 +99,10 @@ class Task:
         """What the report shows of the last evaluation: labels, counts and mistakes, or samples; nothing by default."""
         return {}
 
+    def measured(self, length: int) -> str:
+        """A row's length for a person: a number of tokens, where a task counts nothing else."""
+        return str(length)
+
     def segments(self, row: dict[str, Any]) -> list[tuple[str, bool]]:
         """A row as pieces of text, each with whether it is learnt, for the preview."""
         return []
@@ -104,6 +115,10 @@ class Task:
 
     def arguments(self) -> tuple[type, dict[str, Any]]:
         return transformers.TrainingArguments, {}
+
+    def picture(self, row: dict[str, Any]) -> str | None:
+        """A row as a small picture for the report, a data URI of a PNG; None where it is none."""
+        return None
 
     # -- what several tasks do alike --------------------------------------------------------------------------------------
     def tokenize(self, texts: list[str], pairs: list[str] | None = None, **options: Any) -> tuple[dict[str, list[Any]], list[int]]:
@@ -130,12 +145,20 @@ class Task:
         return out
 
 
+CLASSES = {"loss": False, "accuracy": True, "macro_f1": True}  # what `class_scores` gives, beside the loss
+
+
 def confusion(task: Task, trainer: Any, run: Any) -> dict[str, Any]:
     """`answers` of a task with one class for each row."""
     from ..observe import classes
 
-    rows = run.encoded[1].data
-    return classes(trainer.compute_metrics.last, task.labels, lambda i: task.segments(rows[i])[0][0])
+    table, encoded = run.tables[1], run.encoded[1]
+
+    def text(i: int) -> str:
+        own = [v for k, v in table.rows[encoded.rows[i]].items() if k != "label" and isinstance(v, str)]  # as it was written
+        return " ~ ".join(own) or task.segments(encoded.data[i])[0][0]
+
+    return classes(trainer.compute_metrics.last, task.labels, text, lambda i: task.picture(encoded.data[i]))
 
 
 def rows_of(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:

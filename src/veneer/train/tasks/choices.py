@@ -11,7 +11,7 @@ from ...data.chat import by_spans
 from ...data.formats import BadRow
 from ...data.tables import Table
 from ...ops.choices import IGNORE, normalised, t_few_loss, token_log_probs
-from .base import Task, class_scores, logits_of
+from .base import CLASSES, Task, class_scores, logits_of
 
 
 class TextToChoice(Task):
@@ -26,7 +26,8 @@ class TextToChoice(Task):
     name = "text-to-choice"
     auto = "AutoModelForSeq2SeqLM"
     formats = ("choices", "text-label")
-    best = ("accuracy", True)
+    measures = CLASSES
+    best = "accuracy"
 
     def names(self, table: Table) -> list[str]:
         """Of labelled rows, the choices of each; none where every row has its own."""

@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding
 
 from ...data.formats import BadRow
 from ...data.tables import Table
-from .base import Task, class_scores, confusion, logits_of, rows_of
+from .base import CLASSES, Task, class_scores, confusion, logits_of, rows_of
 
 NUMBERS = 2000  # pairs of truth and answer that the report draws
 
@@ -49,7 +49,8 @@ class TextClassification(_OfText):
     """One class of several: cross-entropy over the classes."""
 
     name = "text-classification"
-    best = ("macro_f1", True)
+    measures = CLASSES
+    best = "macro_f1"
     model_options = {"problem_type": "single_label_classification"}
 
     def names(self, table: Table) -> list[str]:
@@ -77,7 +78,8 @@ class MultiLabel(_OfText):
     """Any number of classes: binary cross-entropy for each. Labels are lists, or text with | between them."""
 
     name = "multi-label-classification"
-    best = ("micro_f1", True)
+    measures = {"loss": False, "exact": True, "micro_f1": True}
+    best = "micro_f1"
     model_options = {"problem_type": "multi_label_classification"}
 
     def of(self, row: dict[str, Any]) -> list[str]:
@@ -114,6 +116,7 @@ class Regression(_OfText):
     """A number: mean squared error. Give it in a range near -1 to 1, or the first steps go into the scale."""
 
     name = "regression"
+    measures = {"loss": False, "mae": False, "pearson": True, "spearman": True}
     model_options = {"problem_type": "regression", "num_labels": 1}
 
     def target(self, row: dict[str, Any]) -> float:

@@ -30,7 +30,7 @@ class SentenceEmbedding(Task):
     auto = "AutoModel"
     formats = ("text-pair", "pair")
     coupled = True
-    best = ("loss", False)
+    measures = {"loss": False, "recall_at_1": True, "spearman": True}
 
     def encode(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         parts = [p for p in ("text", "pair", "negative") if all(r.get(p) for r in rows)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
 import io
 import math
@@ -13,14 +14,17 @@ import torch
 from ...data.formats import BadRow
 from ...data.tables import Table
 from ...errors import ConfigError
-from .base import Task, class_scores, confusion, logits_of
+from .base import CLASSES, Task, class_scores, confusion, logits_of
+
+THUMBNAIL = 96  # points of the report's small pictures: a few kB each
 
 
 class _OfMedia(Task):
     """Files to classes; a subclass opens a file."""
 
     head = True
-    best = ("macro_f1", True)
+    measures = CLASSES
+    best = "macro_f1"
     what = ""
     package = ""
 
@@ -82,6 +86,7 @@ class ImageClassification(_OfMedia):
     formats = ("image",)
     what = "image"
     package = "PIL"
+    cuts = ""
 
     @classmethod
     def load_processor(cls, path: Any) -> Any:
@@ -113,6 +118,16 @@ class ImageClassification(_OfMedia):
                 pictures.append(image.convert(mode))
         return self.tools(images=pictures, return_tensors="pt")
 
+    def picture(self, row: dict[str, Any]) -> str | None:
+        from PIL import Image
+
+        small = io.BytesIO()
+        with Image.open(_open(row["file"])) as image:
+            image = image.convert("RGB")
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            image.save(small, "PNG")
+        return f"data:image/png;base64,{base64.b64encode(small.getvalue()).decode()}"
+
 
 class AudioClassification(_OfMedia):
     """Cross-entropy over classes of sounds, read by soundfile, mixed to one channel, brought to the model's sampling rate
@@ -124,10 +139,14 @@ class AudioClassification(_OfMedia):
     formats = ("audio",)
     what = "audio"
     package = "soundfile"
+    cuts = "max_seconds"
 
     def ready(self) -> None:
         super().ready()
         self.longest = int(self.config.max_seconds * self.tools.sampling_rate)
+
+    def measured(self, length: int) -> str:
+        return f"{length / self.tools.sampling_rate:.1f} s"
 
     def size(self, file: dict[str, Any]) -> int:
         import soundfile
@@ -141,8 +160,11 @@ class AudioClassification(_OfMedia):
         """(samples,) at the model's rate."""
         import soundfile
 
-        wave, rate = soundfile.read(_open(file), dtype="float32", always_2d=True)
-        wave, own = wave.mean(1), self.tools.sampling_rate
+        own = self.tools.sampling_rate
+        with soundfile.SoundFile(_open(file)) as opened:
+            rate = opened.samplerate
+            # a tenth of a second more than is kept, so that resampling does not see the cut
+            wave = opened.read(math.ceil((self.longest / own + 0.1) * rate), dtype="float32", always_2d=True).mean(1)
         if rate != own:
             from scipy.signal import resample_poly
 

@@ -23,7 +23,7 @@ class Preference(Task):
     name = "dpo"
     auto = "AutoModelForCausalLM"
     formats = ("preference",)
-    reports = ("rewards/accuracies", "rewards/margins")
+    measures = {"loss": False, "rewards/accuracies": True, "rewards/margins": True}
 
     def ready(self) -> None:
         if find_spec("trl") is None:
@@ -96,6 +96,7 @@ class Preference(Task):
 
         from ...adapter import disabled
         from ...attach import state_of
+        from ..together import gathered
         from ..trainer import AdapterRuns
 
         state = state_of(self.model)
@@ -106,9 +107,11 @@ class Preference(Task):
             def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
                 return dataset  # has its ids already
 
-            def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+            def _precompute_ref_logps(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+                own = dataset._get_cache_file_path
+                dataset._get_cache_file_path = lambda key: gathered(own(key))[0]  # the first process writes what all read
                 with disabled(self.model):
-                    return super()._precompute_ref_logps(*args, **kwargs)
+                    return super()._precompute_ref_logps(dataset, *args, **kwargs)
 
             def create_model_card(self, *args: Any, **kwargs: Any) -> None: ...
 

@@ -10,9 +10,9 @@ from ...data.chat import IGNORE
 from ...data.formats import BadRow
 from ...data.tables import Table
 from ...errors import ConfigError
-from .base import Task, class_scores, logits_of, rows_of
+from .base import CLASSES, Task, class_scores, logits_of, rows_of
 
-AROUND = 8  # tokens on either side of a wrong one that the report shows
+AROUND = 6  # words on either side of a wrong one that the report shows
 
 
 class TokenClassification(Task):
@@ -23,7 +23,8 @@ class TokenClassification(Task):
     formats = ("tokens",)
     head = True
     by_token = True
-    best = ("span_f1", True)
+    measures = CLASSES | {"span_f1": True}
+    best = "span_f1"
 
     def names(self, table: Table) -> list[str]:
         return sorted(set(self.marks(table)))
@@ -63,11 +64,13 @@ class TokenClassification(Task):
         last = trainer.compute_metrics.last
         counted = last.label_ids != IGNORE
         rows = run.encoded[1].data
-        words = [(r["input_ids"], j) for r in rows for j, label in enumerate(r["labels"]) if label != IGNORE]
+        tokens = [(k, j) for k, r in enumerate(rows) for j, label in enumerate(r["labels"]) if label != IGNORE]
 
         def around(i: int) -> str:
-            ids, j = words[i]
-            return " ".join(self.tools.decode(part, skip_special_tokens=True) for part in (ids[max(0, j - AROUND) : j], [ids[j]], ids[j + 1 : j + AROUND]))
+            k, j = tokens[i]
+            words = run.tables[1].rows[run.encoded[1].rows[k]]["tokens"]
+            w = self.tools(words, truncation=True, max_length=self.longest, is_split_into_words=True).word_ids()[j]
+            return " ".join([*words[max(0, w - AROUND) : w], f"[{words[w]}]", *words[w + 1 : w + 1 + AROUND]])
 
         return classes(EvalPrediction(logits_of(last)[counted], last.label_ids[counted]), self.labels, around)
 
