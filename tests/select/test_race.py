@@ -109,6 +109,37 @@ def test_halving_makes_steps_cheaper_by_default() -> None:
     assert sorted(r.examples for r in report.candidates.values()) == [20, 20, 20, 80]
 
 
+def test_finalists_run_to_the_end() -> None:
+    report, _ = run(FEW, halving=2, finalists=2)
+    assert report.rungs == [(5, 2)]
+    assert sorted((r.status, r.step) for r in report.candidates.values()) == [("dropped", 5)] * 2 + [("finished", 20)] * 2
+    best = [r for r in report.candidates.values() if r.status == "finished"]
+    assert report.winner == max(best, key=lambda r: (r.best, -r.parameters)).name
+    assert run(FEW, halving=4, finalists=3)[0].rungs == [(5, 3)] and run(FEW, halving=2, finalists=4)[0].rungs == []
+
+
+RECORDED = FEW | {"ada": vn.AdaLoRA(2, target=1) + HEAD, "prompt": PLANS["prompt"], "drop": vn.Bottleneck(2, drop=1) + HEAD}
+
+
+@pytest.mark.parametrize("more", [{}, {"halving": 3, "evaluate_every": 3}, {"spare": "rows", "halving": 2}, {"max_rows": 8}], ids=str)
+def test_steps_from_tables_are_the_same_steps(more: dict[str, Any]) -> None:
+    """What a GPU records is run one by one here; the recording itself is checked by benchmarks/selection/race.py there."""
+    plain, weights = run(RECORDED, **more)
+    tables, own = run(RECORDED, graph=True, **more)
+    assert {n: r.status for n, r in plain.candidates.items()} == {n: r.status for n, r in tables.candidates.items()}
+    for name in RECORDED:
+        same(weights[name], own[name], atol=1e-5)
+        assert plain.candidates[name].scores == tables.candidates[name].scores
+        assert [s for s, _ in plain.candidates[name].losses] == [s for s, _ in tables.candidates[name].losses]
+
+
+def test_a_recording_harms_no_other_when_one_diverges() -> None:
+    plans = {"lora": FEW["lora"], "wild": Candidate(vn.BitFit() + vn.LoRA(2, at="linear") + HEAD, lr=1e30, clip=None, warmup=0.0)}
+    report, weights = run(plans, best=False, graph=True)
+    assert report.candidates["wild"].status == "diverged" and report.winner == "lora"
+    same(weights["lora"], run({"lora": plans["lora"]}, best=False)[1]["lora"])
+
+
 def test_a_candidate_that_diverges_harms_no_other() -> None:
     plans = {"lora": FEW["lora"], "wild": Candidate(vn.BitFit() + vn.LoRA(2, at="linear") + HEAD, lr=1e30, clip=None, warmup=0.0), "unipelt": FEW["unipelt"]}
     report, weights = run(plans, best=False)

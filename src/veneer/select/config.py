@@ -22,7 +22,9 @@ class SelectSection(Strict):
     metric: str | None = Field(None, description="accuracy, macro_f1 or loss; default: accuracy where there are classes")
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     halving: bool = Field(True, description="train candidates a little first, and only the better ones further")
+    finalists: int = Field(1, description="of each generation of nine so many are trained in full at least")
     executor: Literal["local", "race", "ray"] = "local"
+    graph: bool = Field(False, description="of a race on a GPU: record a training step as a CUDA graph")
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> tuple[TrainConfig, SelectSection]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -97,6 +98,17 @@ class Data:
         generator = np.random.default_rng(self.seed)
         everything = np.arange(len(values))
         return measure(everything), [measure(generator.integers(0, len(values), len(values))) for _ in range(DRAWS)]
+
+    def floor(self, model: nn.Module, size: int) -> float:
+        """What is had for nothing: the score of the best class given to every example, or, by the loss, of `model` as it is. -inf
+        for a metric of one's own, or where that is no finite number."""
+        if callable(self.metric):
+            return -math.inf
+        if self.metric == LOSS:
+            found = self.score(model, list(range(len(self.evaluation))), size)[0]
+            return found if math.isfinite(found) else -math.inf
+        labels = np.array([_label(x) for x in self.evaluation])
+        return max(METRICS[self.metric](np.eye(self.classes)[np.full(len(labels), c)], labels) for c in range(self.classes))
 
 
 def make(data: Any, model: nn.Module, *, tokenizer: Any, collate: Any, metric: Any, examples: int | None, seed: int) -> Data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
@@ -56,18 +57,27 @@ def ray(worker: Callable[[Any], Outcome], jobs: Sequence[Any]) -> Iterator[tuple
             yield index, result.metrics["outcome"]  # type: ignore[index]
 
 
-def race(worker: Any, jobs: Sequence[Any]) -> Iterator[tuple[int, Outcome]]:
-    """Together on one base, as rows of the same batches (race.py): pays where one candidate leaves the machine idle."""
+def race(worker: Any, jobs: Sequence[Any], graph: bool = False) -> Iterator[tuple[int, Outcome]]:
+    """Together on one base, as rows of the same batches (race.py): pays where one candidate leaves the machine idle.
+
+    graph  record a training step as a CUDA graph, which pays where the launches of small operations are the limit
+    """
     from .together import together
 
-    return together(worker, jobs)
+    return together(worker, jobs, graph)
 
 
 EXECUTORS: dict[str, Executor] = {"local": local, "race": race, "ray": ray}
 
 
-def find(name: Any) -> Executor:
-    """The executor of that name, or `name` itself where it is one. Raises: ConfigError."""
+def find(name: Any, graph: bool = False) -> Executor:
+    """The executor of that name, or `name` itself where it is one; `graph` is the race's. Raises: ConfigError."""
+    if not isinstance(graph, bool):
+        raise ConfigError(f"graph is {graph!r}", where="graph", fix="Give true or false")
+    if graph and name != "race":
+        raise ConfigError("graph records the steps of a race", where="graph", fix="Give executor='race' with it, or leave it out")
+    if graph:
+        return functools.partial(race, graph=True)
     if callable(name):
         return cast(Executor, name)
     if name not in EXECUTORS:

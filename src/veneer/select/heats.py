@@ -15,6 +15,7 @@ from ..adapter import activate, active, route
 from ..errors import CapabilityError
 from ..training import penalty
 from .lanes import Lane
+from .replay import Replay
 from .rows import Judge, Loss, Order, Rows
 
 
@@ -29,11 +30,12 @@ class Heats:
 
     def __init__(
         self, model: nn.Module, lanes: list[Lane], rows: Rows, evaluate: Any, order: Order, loss: Loss, judge: Judge,
-        eval_batch: int, together: bool, max_rows: int | None, best: bool,
+        eval_batch: int, together: bool, max_rows: int | None, best: bool, graph: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.lanes, self.rows, self.evaluate, self.order = model, lanes, rows, evaluate, order
         self.loss, self.judge, self.eval_batch, self.together, self.max_rows, self.best = loss, judge, eval_batch, together, max_rows, best
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.graph = 0, 0.0, graph
+        self.replays: list[Replay] = []
         self.eager = not gpus(model)  # on a GPU losses are fetched now and then, since each fetch waits for it
         self.probe()
 
@@ -74,6 +76,7 @@ class Heats:
                 if on_step is not None:
                     on_step(self.step, {x.name: x.record for x in self.lanes})
         finally:
+            self.keep([])
             for m, t in training.items():
                 m.training = t
         for lane in self.running:
@@ -86,7 +89,8 @@ class Heats:
         shared = [x for x in self.running if x.record.together and self.together]
         alone = [[x] for x in self.running if not (x.record.together and self.together)]
         each = max(1, len(shared) if self.max_rows is None else self.max_rows // rows)
-        return [shared[i : i + each] for i in range(0, len(shared), each)] + alone
+        kinds = ([x for x in shared if x.steady], [x for x in shared if not x.steady]) if self.graph else (shared,)
+        return [own[i : i + each] for own in kinds for i in range(0, len(own), each)] + alone
 
     @contextlib.contextmanager
     def in_force(self, heat: list[Lane], rows: int) -> Iterator[None]:
@@ -100,19 +104,30 @@ class Heats:
 
     def logits(self, heat: list[Lane], inputs: dict[str, Tensor], n: int) -> list[Tensor]:
         """Each lane's logits for the same n rows."""
-        k = len(heat)
-        wide = inputs if k == 1 else {key: v.repeat(k, *[1] * (v.dim() - 1)) for key, v in inputs.items()}
         with self.in_force(heat, n):
-            out = self.model(**wide)
+            return self.outputs(heat, inputs)
+
+    def outputs(self, heat: list[Lane], inputs: dict[str, Tensor]) -> list[Tensor]:
+        """The same with the routing in force already."""
+        k = len(heat)
+        out = self.model(**(inputs if k == 1 else {key: v.repeat(k, *[1] * (v.dim() - 1)) for key, v in inputs.items()}))
         logits = out if isinstance(out, Tensor) else out["logits"] if hasattr(out, "keys") else out[0]
         return list(logits.split(logits.shape[0] // k))
 
     def train_step(self) -> None:
         self.model.train()
-        inputs, labels = self.rows.batch(self.order.rows(self.step))
-        n = labels.shape[0]
-        for heat in self.heats(n):
+        n = self.order.size(self.step)
+        heats = self.heats(n)
+        self.keep([r for r in self.replays if any(r.fits(heat, n) for heat in heats)])
+        inputs, labels = {}, None
+        for heat in heats:
             begin = time.perf_counter()
+            if self.graph and all(lane.steady for lane in heat):
+                self.replay(heat, n).step()
+                self.share(heat, begin)
+                continue
+            if labels is None:
+                inputs, labels = self.rows.batch(self.order.rows(self.step))
             losses = []
             for logits in self.logits(heat, inputs, n):
                 total, count = self.loss(logits, labels)
@@ -126,6 +141,20 @@ class Heats:
         self.step += 1
         if self.eager or self.step % 20 == 0:
             self.settle()
+
+    def replay(self, heat: list[Lane], n: int) -> Replay:
+        """The graph of this heat's steps."""
+        found = next((r for r in self.replays if r.fits(heat, n)), None)
+        if found is None:
+            found = Replay(self, heat)
+            self.replays.append(found)
+        return found
+
+    def keep(self, replays: list[Replay]) -> None:
+        for r in self.replays:
+            if r not in replays:
+                r.close()
+        self.replays = replays
 
     def settle(self) -> None:
         for lane in self.running:

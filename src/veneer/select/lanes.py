@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -127,20 +128,37 @@ class Lane:
     def running(self) -> bool:
         return self.record.status == "running"
 
+    @property
+    def steady(self) -> bool:
+        """Whether each of its steps does the same operations."""
+        return all(m.steady for m in self.candidate.plan.leaves())
+
+    def rates(self, step: int) -> list[float]:
+        """The learning rate of each parameter group at `step`."""
+        now = self.candidate.rate_at(step, self.steps)
+        return [group["rate"] * now for group in self.optimizer.param_groups]
+
+    def update(self, rates: Sequence[float | Tensor]) -> None:
+        """Clip the gradients that lie in the parameters, and let the optimiser take its step."""
+        if self.candidate.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.params, self.candidate.clip)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.optimizer.step()
+
     def step(self, loss: Tensor, rows: int) -> None:
         """One optimiser step from the gradients that lie in the parameters."""
-        c, r = self.candidate, self.record
-        if c.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.params, c.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * c.rate_at(r.step, self.steps)
-        self.optimizer.step()
-        advance(self.adapter.model, r.step + 1, self.steps, self.optimizer, names=(self.name,))
+        self.update(self.rates(self.record.step))
+        advance(self.adapter.model, self.record.step + 1, self.steps, self.optimizer, names=(self.name,))
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]  # a method may have exchanged some
         self.optimizer.zero_grad(set_to_none=True)
-        r.step += 1
-        r.examples += rows
-        self.pending.append((r.step, loss.detach()))
+        self.note(loss.detach(), rows)
+
+    def note(self, loss: Tensor, rows: int) -> None:
+        """Count a step that was taken."""
+        self.record.step += 1
+        self.record.examples += rows
+        self.pending.append((self.record.step, loss))
 
     def settle(self) -> None:
         """Fetch the losses since the last time; a candidate whose loss is not finite has diverged."""

@@ -15,7 +15,7 @@ DRAWN, TIMED = 200, 3  # candidates that are drawn; steps that are timed
 def outlook(search: Search) -> str:
     """As lines of text. Trains a few steps of the cheapest candidate, for the time that a step takes. Raises: ConfigError where nothing
     fits the budget."""
-    search.check()
+    search.limits.check(search.space)
     space, worker, limits = search.space, search.worker, search.budget.limits()
     lines = [f"space {space.name}: {space.size:,} candidates" + (f", layers {space.layers}, gates {space.gates}" if space.parts else "")]
     lines += [f"  {p.name}: { ({**p.fixed, **p.choices} or 'as it is') }{', or left out' if p.can_be_off else ''}" for p in space.parts]
@@ -26,12 +26,12 @@ def outlook(search: Search) -> str:
     cheapest, least = space.cheapest(lambda p: measure.count(worker.model, p))
     lines.append(f"cheapest: {cheapest.plan}, {least:,} parameters ({100 * least / search.base:.4f}%)")
     drawn = [c for _ in range(DRAWN) if (c := space.draw(lambda name, options, ordered: rng.randrange(len(options)))) is not None]
-    fits = [c for c in drawn if search.budget.parameters is None or search.count(c) <= search.budget.parameters]
+    fits = [c for c in drawn if search.budget.parameters is None or search.limits.count(c) <= search.budget.parameters]
     lines.append(f"of {len(drawn)} candidates drawn at random {len(fits)} fit the budget of parameters")
     for start in space.starts():
         c = space.draw(lambda name, options, ordered, s=start: s[name])
         if c is not None:
-            n = search.count(c)
+            n = search.limits.count(c)
             over = limits.get("parameters") is not None and n > limits["parameters"]
             lines.append(f"  {'over the budget' if over else 'tried first':<16}{n:>11,}  {c.plan}")
     steps = search.expected(search.budget.trials) if search.budget.trials else None

@@ -48,7 +48,8 @@ def arguments(config: TrainConfig, section: SelectSection, p: Prepared, beside: 
         "budget": section.budget or None, "space": section.space, "beside": beside, "objectives": section.objectives, "metric": section.metric,
         "collate": p.task.collator(), "epochs": config.epochs, "steps": config.max_steps if config.max_steps > 0 else None, "batch_size": rows,
         "eval_batch_size": config.eval_batch_size, "warmup": config.warmup, "weight_decay": config.weight_decay, "sampler": section.sampler,
-        "halving": section.halving, "executor": section.executor, "seed": config.seed, "folder": config.output,
+        "halving": section.halving, "finalists": section.finalists, "executor": section.executor, "graph": section.graph,
+        "seed": config.seed, "folder": config.output,
     }  # fmt: skip
 
 

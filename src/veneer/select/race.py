@@ -89,9 +89,11 @@ def race(
     eval_batch: int = 64,
     evaluate_every: int | None = None,
     halving: int = 0,
+    finalists: int = 1,
     spare: str = "time",
     together: bool = True,
     max_rows: int | None = None,
+    graph: bool = False,
     best: bool = True,
     loss: Loss | None = None,
     metric: Callable[[Tensor, Tensor], float] | None = None,
@@ -117,11 +119,15 @@ def race(
     evaluate_every  steps; None: at the end and at the rungs of halving
     halving         eta of successive halving (Jamieson & Talwalkar 2016): at steps·eta^-1, eta^-2, … the worse go, so that n,
                     n/eta, n/eta², … are left; 0: none
+    finalists       no rung leaves fewer than these, and the best of them at the end wins: with 8 candidates, halving=2 and
+                    2 finalists a race costs 3 runs of one, with 1 finalist 2.4, and the last choice is between two whole runs
     spare           what becomes of their rows: 'time' (the steps get cheaper) or 'rows' (the batch of those left grows by
                     n / survivors, by plan, also where some diverged before). `report.batches` says which, so that the same
                     candidate trained alone with batch=report.batches is the same
     together        False: one candidate after another's step, each alone in its batch, for comparison
     max_rows        most rows in one forward; more candidates than fit go in several
+    graph           record a training step as a CUDA graph and replay it; all examples are padded to the longest then, and
+                    candidates whose steps differ (AdaLoRA, AdapterDrop, a lottery ticket) share forwards of their own
     best            keep the weights of each candidate's best score, not those of its last step
     loss            (logits, labels) -> (sum, count); default by the labels' shape
     metric          (logits, labels) -> float on all held-out rows; default accuracy, or minus the mean loss
@@ -137,11 +143,11 @@ def race(
     Raises: ConfigError, DataError, PlanError, SiteError, AdapterError (a name is taken). After an error the model is as before.
     """
     chosen = _candidates(candidates)
-    _check(steps, batch, eval_batch, evaluate_every, halving, spare, keep, max_rows, checkpoint_every)
+    _check(steps, batch, eval_batch, evaluate_every, halving, finalists, spare, keep, max_rows, checkpoint_every)
     if not callable(evaluate):
         evaluate = Rows(evaluate, pad=_pad(model), device=next(model.parameters()).device, what="evaluate")
     rows = Rows(train, pad=_pad(model), device=next(model.parameters()).device, what="train")
-    rungs = _rungs(len(chosen), steps, halving)
+    rungs = _rungs(len(chosen), steps, halving, finalists)
     batches = [(0, batch)] if isinstance(batch, int) else [(int(a), int(b)) for a, b in batch]
     if spare == "rows":
         batches = [*batches, *((s, batches[0][1] * len(chosen) // left) for s, left in rungs if s < steps)]
@@ -161,7 +167,7 @@ def race(
             record = Record(name, c.plan.to_dict(), {k: v for k, v in c.to_dict().items() if k != "plan"}, adapter.num_parameters)
             lanes.append(Lane(c, adapter, steps, record))
         own_loss = loss or loss_of(model)
-        run = Heats(model, lanes, rows, evaluate, order, own_loss, Judge(own_loss, metric), eval_batch, together, max_rows, best)
+        run = Heats(model, lanes, rows, evaluate, order, own_loss, Judge(own_loss, metric), eval_batch, together, max_rows, best, graph)
         run.go(settings, evaluate_every, dict(rungs), checkpoint, checkpoint_every, on_step)
         able = [x for x in lanes if x.record.best is not None and x.record.status in ("finished", "stopped")]
         first = max(able, key=lambda x: (x.record.best, -x.record.parameters), default=None)
@@ -202,8 +208,10 @@ def _named(name: str, make: Callable[[], Any]) -> Any:
         raise type(e)(e.what, where=f"candidate {name}{', ' + e.where if e.where else ''}", fix=e.fix) from None
 
 
-def _check(steps: Any, batch: Any, eval_batch: Any, every: Any, halving: Any, spare: Any, keep: Any, max_rows: Any, save_every: Any) -> None:
-    whole = {"steps": steps, "eval_batch": eval_batch}
+def _check(
+    steps: Any, batch: Any, eval_batch: Any, every: Any, halving: Any, finalists: Any, spare: Any, keep: Any, max_rows: Any, save_every: Any
+) -> None:  # fmt: skip
+    whole = {"steps": steps, "eval_batch": eval_batch, "finalists": finalists}
     whole |= {k: v for k, v in (("evaluate_every", every), ("max_rows", max_rows), ("checkpoint_every", save_every)) if v is not None}
     if isinstance(batch, int):
         whole["batch"] = batch
@@ -222,7 +230,7 @@ def _check(steps: Any, batch: Any, eval_batch: Any, every: Any, halving: Any, sp
         raise ConfigError("spare='rows' plans the batch itself", fix="Give batch as a number, or spare='time'")
 
 
-def _rungs(n: int, steps: int, eta: int) -> list[tuple[int, int]]:
+def _rungs(n: int, steps: int, eta: int, finalists: int = 1) -> list[tuple[int, int]]:
     """(step, survivors) of successive halving."""
     if not eta or n < 2:
         return []
@@ -232,7 +240,8 @@ def _rungs(n: int, steps: int, eta: int) -> list[tuple[int, int]]:
         counts.append(left)
     out: dict[int, int] = {}
     for i, c in enumerate(counts):
-        out[max(1, round(steps * eta ** (i - len(counts))))] = c
+        if max(c, finalists) < (min(out.values()) if out else n):
+            out[max(1, round(steps * eta ** (i - len(counts))))] = max(c, finalists)
     return sorted(out.items())
 
 

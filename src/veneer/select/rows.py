@@ -46,6 +46,11 @@ class Rows:
     def __len__(self) -> int:
         return self.size
 
+    def whole(self) -> dict[str, Tensor]:
+        """All examples, labels too, padded to the longest."""
+        inputs, labels = self.batch(range(self.size))
+        return inputs | {"labels": labels}
+
     def batch(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
         """The inputs of these rows, cut to the longest of them, and their labels."""
         if self.table is not None:

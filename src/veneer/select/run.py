@@ -13,7 +13,7 @@ from torch import nn
 
 from ..calls import device_of
 from ..errors import AdapterError, ConfigError, did_you_mean
-from ..methods import Full
+from ..methods import holder
 from ..plan import Plan, finite, short, whole
 from . import budget as budgets
 from . import choose, measure
@@ -21,7 +21,7 @@ from .data import Data, make
 from .executor import find
 from .fit import Worker
 from .report import OBJECTIVES, Selection, Trial
-from .search import ETA, Search, rungs_of
+from .search import ETA, Search, generation_of, rungs_of
 from .space import Space
 
 TRIALS = 3 * ETA**2  # where neither trials nor minutes are given
@@ -47,16 +47,20 @@ def select(
     weight_decay: float = 0.0,
     sampler: str = "tpe",
     halving: bool = True,
+    finalists: int = 1,
     executor: str | Callable[..., Any] = "local",
+    graph: bool = False,
     seed: int = 0,
     folder: str | Path | None = None,
     tell: Callable[[Any], None] | None = None,
 ) -> Selection:
     """Find the plan that the task needs, within a budget: a Pareto front and one recommended plan.
 
-    Candidates come from `space` in generations of nine, by Optuna's multi-objective TPE over score and the logarithm of the
-    parameters (Ozaki et al., JAIR 2022). Each is trained on a ninth of the steps (and of the examples), the better third
-    on a third, the best of those in full (successive halving; Li et al., JMLR 2018), and only the last are on the front.
+    Candidates come from `space` in generations of nine (one after another where none is dropped early), by Optuna's
+    multi-objective TPE over score and the logarithm of the parameters (Ozaki et al., JAIR 2022); what scores no better than
+    the commonest class, or than the model as it is, is worth no parameters. Each is trained on a ninth of the steps (and of
+    the examples), the better third on a third, the best of those in full (successive halving; Li et al., JMLR 2018), and
+    only the last are on the front.
     Parameters are counted without training, so a candidate over the budget is never trained. What is measured, and how:
     measure.py.
 
@@ -80,7 +84,10 @@ def select(
     examples   train on that many, drawn with the seed (K of a few-shot protocol); default all
     epochs, steps, batch_size, warmup, weight_decay  of training in full, with AdamW and a linear schedule, as `veneer train`
     sampler    'tpe', 'random', 'grid'; halving=False trains every candidate in full
-    executor   'local', or 'ray': Ray Tune, over many machines (the extra `ray`)
+    finalists  of each generation so many are trained in full at least: more cost more, and the last choice is between whole
+               runs
+    executor   'local'; 'race': a generation together on one base; 'ray': Ray Tune, over many machines (the extra `ray`)
+    graph      of a race on a GPU: record a training step as a CUDA graph (race.race); examples are padded to the longest then
     folder     keep the search there: the same call goes on after a crash or kill, with the same answer, or, with a
                larger budget, further
     tell       called with a search.Progress as candidates begin and end
@@ -92,7 +99,7 @@ def select(
     search = plan_search(
         model, data, budget=budget, space=space, beside=beside, objectives=objectives, metric=metric, tokenizer=tokenizer, collate=collate,
         examples=examples, epochs=epochs, steps=steps, batch_size=batch_size, eval_batch_size=eval_batch_size, warmup=warmup,
-        weight_decay=weight_decay, sampler=sampler, halving=halving, executor=executor, seed=seed, folder=folder, tell=tell,
+        weight_decay=weight_decay, sampler=sampler, halving=halving, finalists=finalists, executor=executor, graph=graph, seed=seed, folder=folder, tell=tell,
     )  # fmt: skip
     out = answer(search)
     if folder is not None:
@@ -103,8 +110,8 @@ def select(
 def plan_search(
     model: nn.Module, data: Any, *, budget: Any = None, space: Any = "default", beside: Any = "auto", objectives: Any = tuple(OBJECTIVES), metric: Any = None,
     tokenizer: Any = None, collate: Any = None, examples: int | None = None, epochs: float = 3.0, steps: int | None = None, batch_size: int = 16,
-    eval_batch_size: int = 64, warmup: float = 0.1, weight_decay: float = 0.0, sampler: str = "tpe", halving: bool = True, executor: Any = "local",
-    seed: int = 0, folder: Any = None, tell: Any = None,
+    eval_batch_size: int = 64, warmup: float = 0.1, weight_decay: float = 0.0, sampler: str = "tpe", halving: bool = True, finalists: int = 1,
+    executor: Any = "local", graph: bool = False, seed: int = 0, folder: Any = None, tell: Any = None,
 ) -> Search:  # fmt: skip
     """The search that `select` runs with these arguments, all of them checked; nothing is trained or written yet."""
     check_model(model)
@@ -118,10 +125,13 @@ def plan_search(
     if limits.merged_only:
         found = found.merging()
     worker = Worker(model, known, steps_of(known, steps, epochs, batch_size), batch_size, eval_batch_size, warmup, weight_decay, seed)
-    settings = describe(worker, found, limits, sampler, halving, objectives)
+    if not whole(finalists) or finalists > ETA**2:
+        raise ConfigError(f"finalists is {short(finalists)}", where="finalists", fix=f"Give a whole number from 1 to {ETA**2}, the size of a generation")
+    settings = describe(worker, found, limits, sampler, halving, objectives) | ({"finalists": finalists} if finalists > 1 else {})
+    rungs = rungs_of(worker.steps) if halving else [1.0]
     return Search(
-        found, limits, worker, find(executor), settings, sampler, rungs_of(worker.steps) if halving else [1.0], ETA**2, seed,
-        Path(folder) if folder is not None else None, True, tell,
+        found, limits, worker, find(executor, graph), settings, sampler, rungs, generation_of(rungs, executor == "local"), seed,
+        Path(folder) if folder is not None else None, True, tell, finalists,
     )  # fmt: skip
 
 
@@ -192,7 +202,7 @@ def steps_of(data: Data, steps: Any, epochs: float, batch_size: int) -> int:
 def beside_of(beside: Any, data: Data) -> Plan | None:
     """The plan that every candidate has besides."""
     if beside == "auto":
-        return Full(at="head") if data.classes else None
+        return holder("tensor")(at="head") if data.classes else None
     return None if beside is None else Plan.from_dict(beside, "beside")
 
 

@@ -17,8 +17,9 @@ from .choose import ranked
 from .executor import Executor
 from .fit import Job, Worker
 from .journal import EXTENDABLE, Record, record, seed_of
+from .limits import Limits
 from .report import Trial
-from .space import Candidate, Space
+from .space import Space
 
 ETA = 3  # of those trained so far, one in ETA goes on (Li et al., JMLR 2018)
 LEAST_STEPS = 60  # after 20 steps every plan of AutoPEFT's space was still near chance, and dropping by that was worse than none
@@ -31,6 +32,12 @@ SAMPLERS = ("tpe", "random", "grid")
 def rungs_of(steps: int) -> list[float]:
     """Shares of the steps after which candidates are compared: 1/9, 1/3, 1, as far as there are steps for them."""
     return [s for s in (1 / ETA**2, 1 / ETA) if steps * s >= LEAST_STEPS] + [1.0]
+
+
+def generation_of(rungs: list[float], serial: bool) -> int:
+    """Candidates that are asked for before any of them is judged. Where none is dropped early and they are trained one after another,
+    each question can use all answers so far."""
+    return 1 if serial and len(rungs) == 1 else ETA**2
 
 
 def rung_name(share: float) -> str:
@@ -59,10 +66,11 @@ class Progress:
 class Search:
     """Finds good plans of `space` within `budget`.
 
-    sampler     'tpe': multi-objective TPE (Ozaki et al. 2022) over score and the logarithm of the parameters, with the
-                space's own starts first; 'random'; 'grid': every candidate in turn
+    sampler     'tpe': multi-objective TPE (Ozaki et al. 2022) over score and the logarithm of the parameters (`worth`), with
+                the space's own starts first; 'random'; 'grid': every candidate in turn
     rungs       shares of the steps; the last is 1. [1.0] trains every candidate in full
     generation  candidates that are compared with each other on each rung
+    finalists   no rung leaves fewer of a generation
     """
 
     space: Space
@@ -77,66 +85,30 @@ class Search:
     folder: Path | None = None
     starts: bool = True
     tell: Callable[[Progress], None] | None = None
+    finalists: int = 1
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise ConfigError(f"there is no sampler {self.sampler!r}", where="sampler", fix=did_you_mean(str(self.sampler), SAMPLERS))
         self.base = measure.total(self.worker.model)
-        self.counts: dict[str, int] = {}
-        self.memories: dict[str, int] = {}
+        self.limits = Limits(self.worker, self.budget, self.base)
         self.begin = time.time()
         self.record: Record
         self.spent = 0.0
-
-    # -- limits that are known before training ---------------------------------------------------------------------------
-    def count(self, candidate: Candidate) -> int:
-        key = str(candidate.plan)
-        if key not in self.counts:
-            self.counts[key] = measure.count(self.worker.model, candidate.plan)
-        return self.counts[key]
-
-    def over(self, candidate: Candidate) -> tuple[float, str]:
-        """(by how much, what) the candidate is over the budget, as a logarithm; (0, '') where it fits."""
-        b = self.budget
-        if b.parameters is not None and (n := self.count(candidate)) > b.parameters:
-            return math.log(n / b.parameters), f"{n:,} parameters, and the budget is {b.parameters:,}"
-        if b.merged_only and not measure.merges(candidate.plan):
-            return 1.0, "it does not merge, and the budget is +0% latency"
-        if b.memory is not None:
-            key = str(candidate.plan)
-            if key not in self.memories:
-                self.memories[key] = self.worker.memory(candidate.plan)
-            if self.memories[key] > b.memory:
-                return math.log(self.memories[key] / b.memory), f"{self.memories[key] / 1e9:.3f} GB of memory, and the budget is {b.memory / 1e9:.3f}"
-        if b.latency is not None and not b.merged_only and not measure.merges(candidate.plan):
-            found = measure.latency(self.worker.model, candidate.plan, self.worker.data.batch("evaluation", self.worker.batch_size))[0]
-            if found > b.latency:
-                return math.log(found / b.latency), f"{100 * (found - 1):.1f}% more latency, and the budget is {100 * (b.latency - 1):.1f}%"
-        return 0.0, ""
-
-    def check(self) -> None:
-        """Raise ConfigError where it is plain that nothing fits, saying what the cheapest candidate needs."""
-        if self.budget.parameters is None:
-            return
-        cheapest, needs = self.space.cheapest(lambda p: measure.count(self.worker.model, p))
-        if needs > self.budget.parameters:
-            wrote = self.budget.words.get("params", self.budget.parameters)
-            raise ConfigError(
-                f"no candidate fits params: {wrote} ({self.budget.parameters:,} of the base's {self.base:,})", where="budget",
-                fix=f"The cheapest, {cheapest.plan}, needs {needs:,} ({100 * needs / self.base:.3g}%)",
-            )  # fmt: skip
+        self.floor = -math.inf
 
     # -- the loop --------------------------------------------------------------------------------------------------------
     def run(self) -> list[Trial]:
         """Every candidate that was tried. Raises: ConfigError where none fits the budget."""
-        self.check()
+        self.limits.check(self.space)
         self.record = record(self.folder, {k: v for k, v in self.settings.items() if k not in EXTENDABLE})
+        self.floor = self.worker.data.floor(self.worker.model, self.worker.eval_batch_size)
         self.spent = float(self.record.study.user_attrs.get("seconds", 0.0))
         self._clear()
         generation = 0
         while True:
             self._clock()
-            room = (self.budget.trials or UNBOUNDED) - sum(1 for t in self._accepted() if t.user_attrs["generation"] < generation)
+            room = (self.budget.trials or UNBOUNDED) - sum(1 for t in self._accepted() if t.user_attrs["generation"] != generation)
             if room <= 0 or self._late():
                 break
             batch = self._ask(generation, min(self.generation, room))
@@ -224,11 +196,16 @@ class Search:
             return trial.suggest_int(name, 0, len(options) - 1) if ordered else trial.suggest_categorical(name, list(range(len(options))))
 
         candidate = self.space.draw(choose)
-        if candidate is None or candidate.key in known:
-            trial.set_user_attr("kind", "empty" if candidate is None else "known")
+        if candidate is None:  # told as out of bounds: of a failure the sampler learns nothing, and asks for ever where a front's cheap end is empty
+            trial.set_constraint("budget", 1.0)
+            trial.set_user_attr("kind", "empty")
+            self.record.study.tell(trial, [0.0, math.log10(self.base)])
+            return -1
+        if candidate.key in known:
+            trial.set_user_attr("kind", "known")
             self.record.study.tell(trial, state=TrialState.FAIL)
             return -1
-        over, why = self.over(candidate)
+        over, why = self.limits.over(candidate)
         trial.set_user_attr("key", candidate.key)
         if over > 0:
             trial.set_constraint("budget", over)
@@ -236,11 +213,11 @@ class Search:
             trial.set_user_attr("over", over)
             trial.set_user_attr("why", why)
             trial.set_user_attr("kind", "over budget")
-            self.record.study.tell(trial, [0.0, math.log10(self.count(candidate))])
+            self.record.study.tell(trial, [0.0, math.log10(self.limits.count(candidate))])
             return -1
         trial.set_user_attr("plan", candidate.plan.to_dict())
         trial.set_user_attr("rate", candidate.rate)
-        trial.set_user_attr("parameters", self.count(candidate))
+        trial.set_user_attr("parameters", self.limits.count(candidate))
         trial.set_user_attr("generation", generation)
         trial.set_user_attr("place", len(self._accepted()))
         trial.set_user_attr("kind", "accepted")
@@ -266,7 +243,7 @@ class Search:
         if self.sampler == "tpe":
             with warnings.catch_warnings():  # `group` is called experimental: it is what lets a part's options be asked only where it is on
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=self.generation)
+                return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=ETA**2)
         return optuna.samplers.RandomSampler(seed=seed)
 
     # -- training ----------------------------------------------------------------------------------------------------------
@@ -284,7 +261,7 @@ class Search:
                 if n not in good:
                     self._finish(n, outcomes[n]["status"], outcomes[n])
             last = r + 1 == len(self.rungs)
-            keep = len(good) if last else min(len(good), max(1, math.ceil(len(batch) / ETA ** (r + 1))))
+            keep = len(good) if last else min(len(good), self.left(len(batch), r + 1))
             chosen = self._best(good, share)[:keep]
             for n in good:
                 if last or n not in chosen:
@@ -316,7 +293,7 @@ class Search:
         """`numbers`, best first by score and parameters, among all that reached this rung."""
         name = f"rung {rung_name(share)}"
         seen = [t for t in self._accepted() if t.user_attrs.get(name, {}).get("status") == "complete"]
-        order = ranked([(t.user_attrs[name]["score"], math.log10(t.user_attrs["parameters"])) for t in seen])
+        order = ranked([self.worth(t.user_attrs[name]["score"], t.user_attrs["parameters"]) for t in seen])
         return [seen[i].number for i in order if seen[i].number in numbers]
 
     def _finish(self, number: int, status: str, outcome: dict[str, Any]) -> None:
@@ -327,7 +304,13 @@ class Search:
             return
         self.record.note(number, "status", status)
         worst = min((u.values[0] for u in self._all() if u.values is not None), default=0.0)
-        self.record.study.tell(number, [outcome["score"] if outcome.get("score") is not None else worst, math.log10(t.user_attrs["parameters"])])
+        score = outcome["score"] if outcome.get("score") is not None else worst
+        self.record.study.tell(number, self.worth(score, t.user_attrs["parameters"]))
+
+    def worth(self, score: float, parameters: int) -> tuple[float, float]:
+        """(score, log10 of the parameters) as candidates are compared. What scores no better than nothing counts as costly as the base:
+        else the cheapest plan, however useless, would be on the front, and the search would go there."""
+        return score, math.log10(parameters if score > self.floor else max(parameters, self.base))
 
     def _say(self, event: str, number: int, part: float) -> None:
         if self.tell is None:
@@ -348,7 +331,11 @@ class Search:
 
     def _steps(self, n: int) -> float:
         """... of one generation of n."""
-        return sum(self.worker.steps_of(share) * max(1, math.ceil(n / ETA**r)) for r, share in enumerate(self.rungs))
+        return sum(self.worker.steps_of(share) * self.left(n, r) for r, share in enumerate(self.rungs))
+
+    def left(self, n: int, rung: int) -> int:
+        """How many of a generation of n train on the rung."""
+        return max(math.ceil(n / ETA**rung), min(n, self.finalists))
 
     # -- the answer ----------------------------------------------------------------------------------------------------------
     def trials(self) -> list[Trial]:

@@ -18,8 +18,8 @@ from ..errors import ConfigError, PlanError, VeneerError, did_you_mean
 from ..methods import methods
 from ..patterns import select as pick
 from ..plan import Plan, Sum, gated, short
-from ..settle import narrow
 from ..sites import Site
+from ..static import narrow
 from ..train.rates import rate_of
 from .measure import merges
 from .part import Choose, Form, PartSpace, ascending, forms

@@ -22,15 +22,15 @@ class _Late(Exception):
     """The time is up."""
 
 
-def together(worker: Worker, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
+def together(worker: Worker, jobs: Sequence[Job], graph: bool = False) -> Iterator[tuple[int, Outcome]]:
     """Race the jobs that train on the same share of the steps; the outcomes are as `Worker` gives them one by one, but for
     what a base's own dropout draws, which is drawn for the whole batch then. `seconds` is a candidate's part of the race, by rows."""
     for share in dict.fromkeys(j.share for j in jobs):
         own = [i for i, j in enumerate(jobs) if j.share == share]
-        yield from zip(own, _race(worker, [jobs[i] for i in own], share), strict=True)
+        yield from zip(own, _race(worker, [jobs[i] for i in own], share, graph), strict=True)
 
 
-def _race(worker: Worker, jobs: list[Job], share: float) -> list[Outcome]:
+def _race(worker: Worker, jobs: list[Job], share: float, graph: bool) -> list[Outcome]:
     from transformers import set_seed
 
     steps, data = worker.steps_of(share), worker.data
@@ -56,8 +56,9 @@ def _race(worker: Worker, jobs: list[Job], share: float) -> list[Outcome]:
             set_seed(worker.seed)  # what the base's own dropout draws does not hang on the caller
             train = [data.train[i] for i in rows]
             report = race(
-                worker.model, candidates, train, score, steps=steps, batch=worker.batch_size, best=False, keep="none", seed=worker.seed, on_step=watch
-            )
+                worker.model, candidates, train, score, steps=steps, batch=worker.batch_size, best=False, keep="none", seed=worker.seed, on_step=watch,
+                graph=graph,
+            )  # fmt: skip
     except _Late:
         return [{"status": "unfinished", "why": "the time was up", "loss": [], "score": None, "steps": 0, "examples": 0, "seconds": 0.0} for _ in jobs]
     return [_outcome(worker, j, report.candidates[n], replicates.get(n, [])) for j, n in zip(jobs, candidates, strict=True)]
