@@ -116,3 +116,22 @@ def test_plain_loop_example(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "step 10" in done.stdout and "prefix" in done.stdout and (tmp_path / "runs" / "plain-loop" / "adapter.json").exists()
     assert len(Path(script).read_text().splitlines()) < 60
+
+
+def test_what_other_packages_say_to_programmers_is_not_shown():
+    code = """
+import logging, sys, warnings
+sys.argv = ["veneer", "methods"]
+from veneer.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+logging.getLogger("bitsandbytes.backends").warning("a kernel is missing")
+logging.getLogger("torchao").warning("a library is missing")
+logging.getLogger("transformers").warning("something of the data")
+warnings.warn("will be gone", FutureWarning)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "bitfit" in done.stdout
+    assert done.stderr.strip() == "something of the data"

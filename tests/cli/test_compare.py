@@ -12,6 +12,7 @@ import veneer as vn
 from browser import check_drawn
 from veneer.cli import app
 from veneer.report.compare import differences, read_runs, table
+from veneer.report.over import over
 
 
 def write_run(folder: Path, scores: list[float], finished: bool = True, **config: object) -> Path:
@@ -61,6 +62,17 @@ def test_a_narrow_terminal_keeps_every_number(runs, tmp_path):
     out = invoke("compare", *runs[:2], "--page", tmp_path / "c.html", columns=60).output
     flat = "".join(out.split())
     assert "3,000" in out and "1.000%" in flat and max(len(line) for line in out.splitlines() if "The curves" not in line and ":" not in line) <= 60
+
+
+def test_seeds_become_a_mean_with_its_deviation(runs, tmp_path):
+    more = [write_run(tmp_path / f"lora-{i}", [0.2 * i], learning_rate=1e-3, seed=i) for i in (1, 2, 3)]
+    done = invoke("compare", *more, *runs[1:], "--over", "seed", "--page", tmp_path / "c.html")
+    lines = [line.split() for line in done.output.splitlines()]
+    assert ["lora", "3", "0.3000", "±", "0.0000", "0.4000", "±", "0.2000", "1,000", "62", "s"] in lines
+    assert ["<b>ia3</b>", "1", "0.3000", "0.6000", "2,000", "62", "s"] in lines and "cut" not in done.output
+    for wrong, says in (("sed", "no run has a key 'sed'.*seed"), ("seed", "none of these runs has finished")):
+        with pytest.raises(vn.ConfigError, match=says):
+            over(read_runs(more if wrong == "sed" else runs[2:]), wrong)
 
 
 def test_what_is_missing_is_a_dash_not_a_zero(runs):

@@ -12,6 +12,7 @@ import sys
 from collections import namedtuple
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import veneer as vn
@@ -100,9 +101,59 @@ def test_init_checks_what_it_is_told(tmp_path, flags, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_init_asks_again_where_an_answer_is_wrong(tmp_path):
+    answers = "text-classifcation\ntext-classification\nminilm\ntweets\nlara\nlora\n\n"
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "a.yaml")], input=answers)
+    assert done.exit_code == 0 and "Did you mean 'lora'" in done.output and done.output.count("Plan:") == done.output.count("Task [") == 2
+    assert load_config(str(tmp_path / "a.yaml")).plan == "lora"
+
+
 def test_init_overwrites_nothing(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("mine")
     done = CliRunner().invoke(app, ["init", str(path), "--yes"])
     assert isinstance(done.exception, vn.ConfigError) and "file already" in str(done.exception) and path.read_text() == "mine"
     assert CliRunner().invoke(app, ["init", str(path), "--yes", "--force"]).exit_code == 0 and load_config(path).model == "minilm"
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path, monkeypatch, capsys):
+    from veneer.cli import main
+    from veneer.data.tables import read_table
+
+    place = tmp_path / "closed"
+    place.mkdir()
+    (place / "a.csv").write_text("text,label\na,x\n")
+    place.chmod(0)
+    root = os.geteuid() == 0
+    try:
+        if root:  # whom no right binds
+            os.seteuid(65534)
+        with pytest.raises(vn.DataError, match="Permission denied.*a.csv"):
+            read_table(str(place / "a.csv"))
+        monkeypatch.setattr(sys, "argv", ["veneer", "report", str(place / "run")])
+        with pytest.raises(SystemExit) as e:
+            main()
+    finally:
+        if root:
+            os.seteuid(0)
+        place.chmod(0o700)
+    assert e.value.code == 2 and "veneer: Permission denied [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["init", "demo", "train", "prompts", "select", "merge", "export", "convert"])
+def test_every_verb_that_makes_files_of_its_own_can_be_tried_dry(verb):
+    assert "--dry-run" in CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).output
+
+
+def test_dry_runs_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["init", "--yes", "--dry-run"])
+    assert shown.exit_code == 0 and "model: minilm" in shown.output and TrainConfig(**yaml.safe_load(shown.output)).data.train == "tweets"
+    shown = CliRunner().invoke(app, ["demo", "--dry-run", "--train", "30", "--test", "30"])
+    assert shown.exit_code == 0 and "30 training rows of tweets (negative" in shown.output and "runs/demo/ia3" in shown.output
+    (tmp_path / "c.yaml").write_text("model: minilm\ndata: {train: tweets, limit: 20, eval_rows: 5}\nmax_length: 16\nplan: lora\n")
+    refused = CliRunner().invoke(app, ["prompts", "c.yaml", "--dry-run"])
+    assert isinstance(refused.exception, vn.ConfigError) and "0 soft prompts" in str(refused.exception)
+    shown = CliRunner().invoke(app, ["prompts", "c.yaml", "plan=prompt", "--dry-run"])
+    assert shown.exit_code == 0 and "prompt" in shown.output and "would write runs/train" in shown.output
+    assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]

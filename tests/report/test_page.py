@@ -12,7 +12,7 @@ import pytest
 import veneer as vn
 from browser import Elements, browser, check_drawn, dom, figures
 from veneer.report import charts
-from veneer.report.page import Page, shown
+from veneer.report.page import Page, Picture, shown
 
 HOSTILE = [
     "</script><script>document.title='owned'</script>",
@@ -55,6 +55,16 @@ def test_the_users_words_stay_words(tmp_path):
         assert next(e for e in seen.all("title"))["text"] == HOSTILE[0]
         assert not seen.all("img") and not [e for e in seen.found if any(k.startswith("on") for k in e)]
         assert not [e for e in seen.all("a") if "javascript" in e.get("href", "") + e.get("xlink:href", "")]
+
+
+def test_pictures_are_pngs_or_words(tmp_path):
+    page = Page("title")
+    good = "data:image/png;base64,iVBORw0KGgo="
+    bad = [f'{good}" onerror="x', "javascript:x", "https://example.org/a.png", "data:image/svg+xml;base64,AAAA", *HOSTILE]
+    page.table(["what"], [[Picture(u, h)] for u in (good, *bad) for h in HOSTILE])
+    found = Elements(page.html())
+    assert [(e["src"], e["alt"]) for e in found.all("img")] == [(good, h) for h in HOSTILE]
+    assert [e["text"] for e in found.all("td")][len(HOSTILE) :] == HOSTILE * len(bad)
 
 
 def test_charts_are_drawn_without_a_browser_of_this_machine(tmp_path, monkeypatch):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 import torch
 import yaml
@@ -16,6 +18,7 @@ from browser import check_drawn
 from browser import figures as charts_of
 from helpers import build
 from veneer.gates import gates
+from veneer.report import charts
 from veneer.report.selection import build as page
 from veneer.report.selection import report
 from veneer.select.race import race
@@ -109,6 +112,15 @@ def test_parts_that_are_missing_are_left_out(folder, tmp_path):
     (tmp_path / "selection.json").write_text("{")
     with pytest.raises(vn.ConfigError, match="cannot be read"):
         report(tmp_path)
+
+
+def test_an_axis_has_ticks_however_narrow():
+    for values, kind in (([6.5, 8.0], None), ([7.0, 7.0], None), ([1000.0, 90000.0], "log")):
+        figure = go.Figure()
+        charts.logarithmic(figure, values)
+        low, high = figure.layout.xaxis.range
+        assert figure.layout.xaxis.type == kind
+        assert low < (math.log10(values[0]) if kind else values[0]) and high > (math.log10(values[1]) if kind else values[1])
 
 
 def test_candidates_without_numbers_are_in_the_table_and_not_in_the_charts():

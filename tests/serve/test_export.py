@@ -10,13 +10,16 @@ import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import veneer as vn
 from veneer.cli import app
+from veneer.example import example as probe
 from veneer.serve.export import TARGETS, export
 from veneer.serve.export.gguf import halved, paired
-from veneer.serve.measure import output, probe
+from veneer.serve.export.vllm import flaws
+from veneer.serve.measure import output
 from veneer.serve.opened import open_folder
 from zoo import ZOO
 
@@ -51,6 +54,26 @@ def test_gguf_follows_llama_cpps_rules(runs, tmp_path):
             rows = [h * d + half * d // 2 + i for h in range(heads) for i in range(d // 2) for half in range(2)]
             want = want[rows]
         assert np.allclose(scale * b.data @ a.data, want, atol=1e-6)
+
+
+def test_vllm_gets_what_it_reads(runs, tmp_path):
+    path = export(open_folder(runs["lora"]), tmp_path / "v", "vllm").path
+    config, tensors = json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
+    assert config["peft_type"] == "LORA" and config["r"] == 4 and config["bias"] == "none" and not config["modules_to_save"]
+    assert len(tensors) == 28 and {k.rsplit(".", 2)[1] for k in tensors} == {"lora_A", "lora_B"}
+    shapes = {k: tuple(t.shape) for k, t in tensors.items()}
+    assert flaws(config, shapes) == []
+    changes = {
+        "peft_type": "IA3", "r": None, "use_dora": True, "modules_to_save": ["score"], "bias": "all", "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"q_proj": 2},
+    }  # fmt: skip
+    for key, value in changes.items():
+        assert len(flaws({**config, key: value}, shapes)) == 1, key
+    assert "no place for" in flaws(config, {**shapes, "base_model.model.score.weight": (2, 4)})[0]
+    assert "over its 512" in flaws(config, {"base_model.model.a.lora_A.weight": (600, 8), "base_model.model.a.lora_B.weight": (8, 600)})[0]
+    with pytest.raises(vn.CapabilityError, match="vLLM cannot serve this adapter|PEFT"):
+        export(open_folder(runs["gated"]), tmp_path / "w", "vllm")
+    assert not (tmp_path / "w").exists()
 
 
 def test_pairing_has_an_inverse():

@@ -75,7 +75,7 @@ def test_chat_and_what_is_served(opened, client):
 )
 def test_a_mistake_of_the_asker(client, body, status, says):
     found = client.post("/v1/completions", json=body)
-    assert found.status_code == status and says in found.text
+    assert found.status_code == status and says in found.json()["error"]["message"]
     assert client.post("/v1/completions", json={"prompt": "the", "max_tokens": 1}).status_code == 200  # it goes on
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from typer.testing import CliRunner
 
 import veneer as vn
 from veneer.cli import app
-from veneer.serve.measure import output, probe
+from veneer.example import example as probe
+from veneer.serve.measure import output
 from veneer.serve.merged import write_merged
 from veneer.serve.opened import open_folder
 
@@ -61,6 +64,24 @@ def test_a_full_disk_leaves_nothing_behind(runs, tmp_path, monkeypatch):
     with pytest.raises(vn.StoreError, match="cannot write: No space left on device.*MiB are free"):
         write_merged(opened, tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_of_the_system_is_told_whoever_meets_it(runs, tmp_path):
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5_000,) * 2); import veneer.cli; veneer.cli.main()"
+    done = subprocess.run([sys.executable, "-c", code, "merge", str(runs["lora"]), str(tmp_path / "m")], capture_output=True, text=True)
+    assert done.returncode == 2 and "veneer: cannot write: File too large" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_compares_and_keeps_nothing(runs, tmp_path):
+    run, to = str(runs["lora"]), str(tmp_path / "m")
+    before = sorted(runs["lora"].rglob("*"))
+    for command in (["merge", run, to], ["convert", run, to], ["export", run, "--to", "peft"], ["export", run, "--to", "safetensors", "--out", to]):
+        done = CliRunner().invoke(app, [*command, "--dry-run"])
+        assert done.exit_code == 0 and "would write" in done.output and "differs by at most" in done.output, done.output
+    assert not list(tmp_path.iterdir()) and sorted(runs["lora"].rglob("*")) == before
+    with pytest.raises(vn.StoreError, match="something here already"):
+        CliRunner().invoke(app, ["merge", run, run, "--dry-run"], catch_exceptions=False)
 
 
 def test_from_the_shell(runs, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import veneer as vn
-from veneer.serve.measure import output, probe
+from veneer.example import example as probe
+from veneer.serve.measure import output
 from veneer.serve.opened import open_folder
 
 

@@ -52,8 +52,21 @@ def test_the_runs_own_score_comes_out_again(trained, name):
     assert found == pytest.approx(read_run(folder)["result"]["metrics"], rel=1e-4, abs=1e-6)
 
 
-def unlabelled(source: str, to: Path) -> tuple[str, int]:
-    """The training file without what is asked for, and how many rows it has; a folder of media as it is."""
+def test_answers_are_a_table_where_the_file_is_one(trained, tmp_path):
+    folder, _ = trained("classify")
+    (tmp_path / "in.csv").write_text('text\n"never, again"\n"a ""day"""\n')
+    for name, between in (("out.csv", ","), ("out.tsv", "\t")):
+        done = CliRunner().invoke(app, ["predict", str(folder), "--file", str(tmp_path / "in.csv"), "--out", str(tmp_path / name)])
+        assert done.exit_code == 0, (done.output, done.exception)
+        with open(tmp_path / name, newline="") as f:
+            rows = list(csv.DictReader(f, delimiter=between))
+        labels = read_run(folder)["labels"]
+        assert [r["input.text"] for r in rows] == ["never, again", 'a "day"'] and all(r["label"] in labels for r in rows)
+        assert all(sum(float(r[f"probabilities.{n}"]) for n in labels) == pytest.approx(1) for r in rows)
+
+
+def unlabelled(source: str, to: Path, blanks: bool = False) -> tuple[str, int]:
+    """The training file without what is asked for (with `blanks` in its texts), and how many rows it has; a folder of media as it is."""
     path = Path(source)
     if path.is_dir():
         return source, sum(1 for p in path.rglob("*") if p.is_file())
@@ -63,6 +76,7 @@ def unlabelled(source: str, to: Path) -> tuple[str, int]:
             rows = [{k: v for k, v in r.items() if k not in gone} for r in csv.DictReader(f)]
     else:
         rows = [{k: v for k, v in json.loads(line).items() if k not in gone} for line in path.read_text().splitlines()]
+    rows = [{k: v.replace(" and ", " [MASK] ") + " [MASK]" if blanks and k == "text" else v for k, v in r.items()} for r in rows]
     to.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(to), len(rows)
 
@@ -70,7 +84,7 @@ def unlabelled(source: str, to: Path) -> tuple[str, int]:
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "classify"])  # its data is the demo's, of 38,158 rows
 def test_a_file_in_and_a_file_out(trained, tmp_path, name):
     folder, source = trained(name)
-    file, count = unlabelled(source, tmp_path / "in.jsonl")
+    file, count = unlabelled(source, tmp_path / "in.jsonl", name == "masked")
     done = CliRunner().invoke(app, ["predict", str(folder), "--file", file, "--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "4"])
     assert done.exit_code == 0, (done.output, done.exception)
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -145,11 +159,21 @@ def test_mistakes_are_told(trained, tmp_path):
     (tmp_path / "new.jsonl").write_text('{"tokens": ["a"], "tags": ["B-NEW"]}\n')
     with pytest.raises(vn.DataError, match="labels that training never saw: B-NEW"):
         own(predictor, str(tmp_path / "new.jsonl"))
+    with open(tmp_path / "new.jsonl", "a") as f:
+        f.write('{"tokens": ["a"], "tags": ""}\n')
+    one, two = predictor.rows(list(predictor.read(str(tmp_path / "new.jsonl"))))  # a label plays no part in an answer
+    assert one == two and one["tags"][0] in predictor.labels
+    (tmp_path / "none.csv").write_text("tokens\n")
+    with pytest.raises(vn.DataError, match="there are no rows.*none.csv"):
+        list(predictor.read(str(tmp_path / "none.csv")))
     with pytest.raises(vn.ConfigError, match="does not say what its task is"):
         Predictor(folder / "adapter")
     shutil.copytree(folder, tmp_path / "r")
     shutil.rmtree(tmp_path / "r" / "adapter")
     with pytest.raises(vn.ConfigError, match="has not finished"):
+        Predictor(tmp_path / "r")
+    (tmp_path / "r" / "run.json").write_text('{"config": [], "labels": []}')
+    with pytest.raises(vn.ConfigError, match="not one of ours"):
         Predictor(tmp_path / "r")
     both = CliRunner().invoke(app, ["predict", str(folder), "a", "--file", "b.csv"])
     assert isinstance(both.exception, vn.ConfigError) and "both texts and a file" in str(both.exception)

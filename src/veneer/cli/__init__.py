@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 
 import typer
 
@@ -29,11 +31,19 @@ for group, verbs in GROUPS.items():
 
 def main() -> None:
     """The entry point: an error that a user can mend is one line and exit code 2, Ctrl-C is 130."""
+    # transformers imports them wherever they are installed, and they miss kernels that nothing here needs, at length
+    for noisy in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # for those who write code, not for those who run it
     try:
         app()
     except VeneerError as e:
         print(f"veneer: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nveneer: stopped. The last checkpoint is kept; the same command goes on from it.", file=sys.stderr)
-        sys.exit(130)
+    except PermissionError as e:  # of any look at a file, wherever it lies
+        print(f"veneer: {e.strerror or e} [{e.filename}]. Give a place that you may read and write, or the right to it", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        group = sys.modules.get("torch.distributed")
+        if group is not None and group.is_available() and group.is_initialized():
+            group.destroy_process_group()

@@ -11,7 +11,7 @@ NAME = "chat"
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run's folder, or an adapter's: native, or Hugging Face PEFT's.")],
+    run: Annotated[str, typer.Argument(help="A run's folder, or an adapter's: native, Hugging Face PEFT's or AdapterHub's.")],
     more: Annotated[
         list[str] | None, typer.Argument(metavar="[MORE]…", help="Further ones on the same base, as FOLDER or FOLDER=NAME, to switch between.")
     ] = None,

@@ -33,6 +33,7 @@ def command(
     test: Annotated[int, typer.Option(help="Test examples, never trained on.", min=2)] = TEST,
     epochs: Annotated[float, typer.Option(help="Passes over the training examples, the same for every method.", min=0.01)] = 2,
     seed: Annotated[int, typer.Option(help="Draws the examples, the heads and the batches.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the data and say what would be trained; write nothing.")] = False,
 ) -> None:
     """Train every single method and UniPELT (bottleneck + prefix + LoRA under gates) on one task, and compare them.
 
@@ -49,6 +50,12 @@ def command(
 
         rows = table(data, **({"text": text, "label": label} if data != "tweets" else {})).split(train, test, seed)
         rows = rows[0], rows[1].take(sorted(range(test), key=lambda i: len(rows[1].texts[i])))  # less padding
+    if dry_run:
+        balance = ", ".join(f"{name} {(rows[0].labels or []).count(name)}" for name in rows[0].names)
+        console.print(f"{train} training rows of {data} ({balance}) and {test} for the test, on {model}, {epochs:g} epochs each:", markup=False)
+        for name, plan, rate in PLANS:
+            console.print(f"  {Path(out) / name}: {plan}, learning rate {rate:g}", markup=False, soft_wrap=True)
+        return
     state: dict[str, dict[str, Any]] = {name: {} for name, _, _ in PLANS}
     begin = time.perf_counter()
     with Live(_table(state), console=console, refresh_per_second=4) as live:

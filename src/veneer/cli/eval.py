@@ -10,7 +10,7 @@ NAME = "eval"
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run's folder; with --tasks also an adapter's: native, or Hugging Face PEFT's.")],
+    run: Annotated[str, typer.Argument(help="A run's folder; with --tasks also an adapter's: native, Hugging Face PEFT's or AdapterHub's.")],
     data: Annotated[str | None, typer.Argument(help="Rows as in training; default: those that the run held back.")] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, as arc_easy,hellaswag; else the run's own metrics.")] = "",
     include: Annotated[str | None, typer.Option(help="A folder with the harness's YAML files of your own tasks.")] = None,
@@ -18,6 +18,9 @@ def command(
     shots: Annotated[int | None, typer.Option(help="Examples in the prompt; default: what the task says.", min=0)] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Measure the base without the adapter too.")] = False,
+    generate: Annotated[bool, typer.Option("--generate", help="Of a run that answers in text: exact match, ROUGE-L and chrF of its answers.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="With --generate: the longest answer, in tokens.", min=1)] = 64,
+    find: Annotated[str | None, typer.Option(help="With --generate: a regular expression; what it finds last in an answer is to be the row's own.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.", min=1)] = 8,
     model: Annotated[str | None, typer.Option(help="The base, where it lies elsewhere now.")] = None,
     out: Annotated[str | None, typer.Option(help="Write the scores to this JSON file too.")] = None,
@@ -44,6 +47,13 @@ def command(
         predictor = Predictor(run, model=model)
 
         def measure(off: bool) -> list[Any]:
+            if generate:
+                from ..eval.generated import generated
+
+                def note(done: int, of: int) -> None:
+                    typer.echo(f"{'base' if off else 'adapter'}: {done} of {of} answers written", err=True)
+
+                return generated(predictor, data, base=off, limit=limit, batch_size=batch_size, most=max_new_tokens, find=find, note=note)
             return own(predictor, data, base=off)
 
     arms = {"adapter": False} | ({"base": True} if base else {})

@@ -26,6 +26,7 @@ def command(
     output: Annotated[str | None, typer.Option(help="Where the run is written.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take the default where no flag is given.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite PATH.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration; write nothing.")] = False,
 ) -> None:
     """Write a configuration with a comment on every key. Flags answer the questions in advance."""
     from pathlib import Path
@@ -33,16 +34,32 @@ def command(
     from ..errors import ConfigError
     from ..files import write_whole
 
-    if Path(path).exists() and not force:
+    if Path(path).exists() and not force and not dry_run:
         raise ConfigError("there is a file already", where=path, fix="Give another name, or --force")
     given = {"task": task, "model": model, "data": data, "plan": plan, "output": output}
     answers: dict[str, str] = {}
     for key, question, default in QUESTIONS:
         value = given[key]
-        answers[key] = str(value if value is not None else default if yes else typer.prompt(question, default=default)).strip()
+        if value is None and not yes:
+            value = typer.prompt(question, default=default, value_proc=lambda said, key=key: _told(answers | {key: said.strip()}, key))
+        answers[key] = str(default if value is None else value).strip()
     text = written(answers)
+    if dry_run:
+        typer.echo(text, nl=False)
+        return
     write_whole(Path(path), text.encode())
     typer.echo(f"{path}: veneer train {path} --dry-run shows what it would train")
+
+
+def _told(answers: dict[str, str], key: str) -> str:
+    """The answer, once it is one that the configuration takes; a question with another answer is asked again."""
+    from ..errors import VeneerError
+
+    try:
+        written({k: default for k, _, default in QUESTIONS} | answers)
+    except VeneerError as e:
+        raise typer.BadParameter(str(e)) from None
+    return answers[key]
 
 
 def written(answers: dict[str, str]) -> str:

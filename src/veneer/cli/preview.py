@@ -48,8 +48,9 @@ def show(found: Preview, console: Any) -> None:
 
     train, test = p.encoded
     line("data", f"{p.tables[0].format}: {len(train.rows):,} training and {len(test.rows):,} evaluation rows of {p.tables[0].source}")
-    least, median, most95, most = found.lengths
-    line("lengths", f"{least} to {most}, median {median}, 95% up to {most95}; {found.cut} cut to {found.longest}")
+    if p.task.cuts:
+        least, median, most95, most = map(p.task.measured, found.lengths)
+        line("lengths", f"{least} to {most}, median {median}, 95% up to {most95}; {found.cut} cut to {p.task.measured(found.longest)}")
     if found.packed:
         line("packing", f"{found.packed[0]:,} rows, {found.packed[1]:.0%} filled")
     if found.balance:

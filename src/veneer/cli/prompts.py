@@ -16,6 +16,7 @@ def command(
     rows: Annotated[int, typer.Option(help="Training rows that the search measures prompts on.", min=1)] = 64,
     steps: Annotated[int, typer.Option(help="Exchanges of one token, at most, from each start.", min=1)] = 10,
     tries: Annotated[int, typer.Option(help="Prompts measured for each exchange.", min=1)] = 32,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, attach and show what would be trained; write nothing.")] = False,
 ) -> None:
     """Score no prompt, hand-written ones, the learnt soft prompt, its nearest tokens, and words found by search."""
     from rich.console import Console
@@ -24,9 +25,16 @@ def command(
     from ..train.config import load_config
 
     settings = load_config(config, overrides)
-    from ..train.prompts import TABLE, Compared, compare_prompts
+    from ..train.prompts import TABLE, Compared, compare_prompts, soft_prompt
 
     console = Console()
+    if dry_run:
+        from ..train.preview import preview
+        from .preview import show
+
+        soft_prompt(settings)
+        show(preview(settings, rows=0), console)
+        return
     found: list[Compared] = []
     with console.status("The soft prompt is trained…") as status:
         for c in compare_prompts(settings, text or [], rows=rows, steps=steps, tries=tries):

@@ -23,13 +23,29 @@ def command(
     console = Console()
     if dry_run:
         from ..train.preview import preview
+        from ..train.run import allowed
         from .preview import show
 
+        allowed(settings)
         show(preview(settings, rows=0), console)
         return
     from ..train.run import run
+    from ..train.together import rank
 
-    result = run(settings)
+    try:
+        result = run(settings)
+    except KeyboardInterrupt:
+        from pathlib import Path
+
+        from ..train.folder import CHECKPOINTS
+        from ..train.trainer import last_checkpoint
+
+        last = last_checkpoint(Path(settings.output) / CHECKPOINTS) if settings.resume else None
+        how = f"{last} is kept, and the same command goes on from it" if last else "there is no checkpoint yet, and the same command begins anew"
+        if rank() == 0:
+            typer.echo(f"\nveneer: stopped; {how}", err=True)
+        raise typer.Exit(130) from None
+    console.quiet = rank() != 0
     found = ", ".join(f"{k} {v:.4f}" for k, v in result.metrics.items())
     console.print(f"{found}; {result.trainable:,} trainable parameters ({100 * result.share:.3f}% of the base) in {result.seconds:.0f} s", markup=False)
     console.print(f'veneer predict {result.output} "…"', markup=False, soft_wrap=True)

@@ -34,7 +34,7 @@ def layout(height: int = 340, *, x: str = "", y: str = "", series: int = 1, **mo
         "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0, "xanchor": "left", "font": {"size": 12}},
         "hoverlabel": {"align": "left", "namelength": -1},
         "xaxis": {"title": {"text": x, "standoff": 8}, "automargin": True},
-        "yaxis": {"title": {"text": y, "standoff": 8}, "automargin": True},
+        "yaxis": {"title": {"text": y, "standoff": 8}, "automargin": True, "exponentformat": "power"},
         "template": "none",
         **more,
     }
@@ -115,7 +115,8 @@ def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Any:
         go.Heatmap(
             z=share, x=list(range(k)), y=list(range(k)), text=[[str(n) for n in row] for row in counts], customdata=what, zmin=0, zmax=1,
             texttemplate="%{text}" if k <= MOST_WRITTEN else None, hovertemplate="%{customdata}<extra></extra>", colorscale=SEQUENTIAL, xgap=1, ygap=1,
-            colorbar={"title": {"text": "share", "side": "top"}, "thickness": 12, "tickformat": ".0%", "outlinewidth": 0},
+            colorbar={"title": {"text": "share", "side": "right"}, "thickness": 12, "tickformat": ".0%", "ticklabelposition": "outside bottom",
+                      "outlinewidth": 0},
         )
     )  # fmt: skip
     figure.update_layout(layout(min(720, max(320, 150 + 34 * k)), x="answer", y="truth"))
@@ -161,10 +162,15 @@ def agreement(truth: Sequence[float], answer: Sequence[float]) -> Any:
 
 
 def logarithmic(figure: Any, values: Sequence[float]) -> None:
-    """A logarithmic x axis that fits `values`, with readable ticks also where they span less than a decade."""
+    """A logarithmic x axis that fits `values`, with readable ticks also where they span less than a decade. Under half a decade, where
+    the ticks 1, 2 and 5 may all lie outside, a plain one, which looks the same there."""
     positive = [v for v in values if v > 0]
     if not positive:
         return
     low, high = math.log10(min(positive)), math.log10(max(positive))
-    room = max(0.08, 0.06 * (high - low))
+    if high - low < 0.5:
+        room = max(0.08 * max(positive), 0.06 * (max(positive) - min(positive)))
+        figure.update_xaxes(range=[min(positive) - room, max(positive) + room], tickformat="~s", nticks=8)
+        return
+    room = 0.06 * (high - low)
     figure.update_xaxes(type="log", range=[low - room, high + room], dtick="D2" if high - low < 1.5 else 1, tickformat="~s")

@@ -101,31 +101,40 @@ def _plan(run: dict[str, Any]) -> str:
 
 def differences(runs: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """(heads, rows): the keys of the configurations in which the runs differ, one row a run."""
-    flat = [dict(_flat({k: v for k, v in r["run"]["config"].items() if k not in NOT_COMPARED})) for r in runs]
-    keys = list(dict.fromkeys(k for f in flat for k in f))
-    keys = [k for k in keys if len({repr(f.get(k)) for f in flat}) > 1]
-    return ["run", *keys], [[r["name"], *(f.get(k) for k in keys)] for r, f in zip(runs, flat, strict=True)]
+    found = [dict(flat({k: v for k, v in r["run"]["config"].items() if k not in NOT_COMPARED})) for r in runs]
+    keys = list(dict.fromkeys(k for f in found for k in f))
+    keys = [k for k in keys if len({repr(f.get(k)) for f in found}) > 1]
+    return ["run", *keys], [[r["name"], *(f.get(k) for k in keys)] for r, f in zip(runs, found, strict=True)]
 
 
-def _flat(config: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    return [e for k, v in config.items() for e in (_flat(v, f"{before}{k}.") if isinstance(v, dict) else [(before + k, v)])]
+def flat(config: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    """The keys of a configuration, dotted where they lie within others, with their values."""
+    return [e for k, v in config.items() for e in (flat(v, f"{before}{k}.") if isinstance(v, dict) else [(before + k, v)])]
+
+
+def drawn(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    """A table for a terminal, of cells as `table` gives them."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text  # what a user wrote is no markup
+
+    out = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+    for i, head in enumerate(heads):
+        out.add_column(Text(head.replace("_", " ")), justify="right" if i else "left", overflow="fold", min_width=5)
+    for r in rows:
+        out.add_row(*(Text(c[1] if isinstance(c, tuple) else shown(c)) for c in r))
+    return out
 
 
 def terminal(runs: Sequence[dict[str, Any]]) -> Any:
     """What fits a terminal: the table without plans, and under it each run's plan and where the configurations differ."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text  # what a user wrote is no markup
+    from rich.text import Text
 
     heads, rows = table(runs)
-    out = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
-    kept = [i for i, h in enumerate(heads) if h not in ("plan", "tokens/s", "state")]
-    for i in kept:
-        out.add_column(Text(heads[i].replace("_", " ")), justify="right" if i else "left", overflow="fold", min_width=5)
-    for r in rows:
-        name = r[0] if r[-1] == "finished" else f"{r[0]} ({r[-1]})"
-        out.add_row(Text(name), *(Text(r[i][1] if isinstance(r[i], tuple) else shown(r[i])) for i in kept[1:]))
+    kept = [i for i, h in enumerate(heads) if i and h not in ("plan", "tokens/s", "state")]
+    names = [r[0] if r[-1] == "finished" else f"{r[0]} ({r[-1]})" for r in rows]
+    out = drawn([heads[0], *(heads[i] for i in kept)], [[name, *(r[i] for i in kept)] for name, r in zip(names, rows, strict=True)])
     lines = [Text(f"{r[0]}: {r[1]}") for r in rows]
     keys, values = differences(runs)
     lines += [Text(f"{key}: {', '.join(f'{v[0]} {shown(v[i])}' for v in values)}") for i, key in enumerate(keys) if i]

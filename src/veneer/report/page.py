@@ -8,16 +8,25 @@ import hashlib
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError
 from ..files import write_whole
 
 HERE = Path(__file__).parent
+PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]*={0,2}")
 # What a figure shows of the user's own words stands under these keys; templates (hovertemplate, …) are written by us.
 WORDS = {"name", "text", "hovertext", "ticktext", "customdata", "categoryarray", "x", "y"}
+
+
+class Picture(NamedTuple):
+    """A cell of a table: a PNG as a data URI, and the words that stand where it cannot."""
+
+    uri: str
+    words: str
 
 
 class Page:
@@ -65,7 +74,7 @@ class Page:
     def table(self, heads: Sequence[str], rows: Iterable[Sequence[Any]], *, marked: Sequence[int] = ()) -> None:
         """A table that a click on a head sorts. A number is aligned right and sorted by its value; None is shown as a dash.
 
-        A cell may be a pair (value to sort by, text to show). marked: indices of the rows that stand out.
+        A cell may be a pair (value to sort by, text to show) or a `Picture`. marked: indices of the rows that stand out.
         """
         rows = [list(r) for r in rows]
         numeric = [any(_value(r[i]) is not None for r in rows) and all(_value(r[i]) is not None or _text(r[i]) == "-" for r in rows) for i in range(len(heads))]
@@ -73,7 +82,7 @@ class Page:
         head = "".join(f'<th scope="col"{k} aria-sort="none"><button>{html.escape(h)}</button></th>' for h, k in zip(heads, kind, strict=True))
         body = "".join(
             ('<tr class="marked">' if i in marked else "<tr>")
-            + "".join(f"<td{k or _long(c)}{_sortable(c)}>{html.escape(_text(c))}</td>" for c, k in zip(r, kind, strict=True))
+            + "".join(f"<td{k or _long(c)}{_sortable(c)}>{_cell(c)}</td>" for c, k in zip(r, kind, strict=True))
             + "</tr>"
             for i, r in enumerate(rows)
         )
@@ -173,6 +182,13 @@ def _text(cell: Any) -> str:
     return cell[1] if isinstance(cell, tuple) else shown(cell)
 
 
+def _cell(cell: Any) -> str:
+    words = html.escape(_text(cell))
+    if isinstance(cell, Picture) and PNG.fullmatch(cell.uri):
+        return f'<img src="{cell.uri}" alt="{words}" title="{words}">'
+    return words
+
+
 def _value(cell: Any) -> float | None:
     value = cell[0] if isinstance(cell, tuple) else cell
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -181,7 +197,7 @@ def _value(cell: Any) -> float | None:
 
 def _long(cell: Any) -> str:
     """Sentences get room in a crowded table."""
-    return ' class="long"' if len(_text(cell)) > 40 else ""
+    return ' class="long"' if len(_text(cell)) > 40 and not isinstance(cell, Picture) else ""
 
 
 def _sortable(cell: Any) -> str:

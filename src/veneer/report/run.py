@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import charts, heat
-from .page import Page, shown
+from .page import Page, Picture, shown
 
 REPORT, OBSERVED, GATES, CONFIG = "report.html", "evaluation.json", "gates.json", "config.yaml"
 MOST_ROWS = 200
@@ -125,7 +125,7 @@ def _curves(page: Page, log: list[dict[str, Any]]) -> None:
 def _answers(page: Page, observed: dict[str, Any]) -> None:
     labels, counts = observed.get("labels"), observed.get("counts")
     if labels and counts:
-        page.section("Classes", f"On the {sum(map(sum, counts)):,} evaluation rows.")
+        page.section("Classes", f"{sum(map(sum, counts)):,} answers on the evaluation rows.")
         page.figure(
             charts.confusion(labels, counts),
             "Confusion matrix",
@@ -141,12 +141,13 @@ def _answers(page: Page, observed: dict[str, Any]) -> None:
         page.figure(charts.agreement(*zip(*observed["numbers"], strict=True)), "Answer against truth", "On the line both are equal.")
     if observed.get("mistakes"):
         page.section("Mistakes", "The surest wrong answers first.")
-        page.table(
-            ("truth", "answer", "probability", "text"), [(m["truth"], m["answer"], m["probability"], m["text"]) for m in observed["mistakes"][:MOST_ROWS]]
-        )
+        mistakes = observed["mistakes"][:MOST_ROWS]
+        what = "picture" if all(m.get("picture") for m in mistakes) else "text"
+        shows = [Picture(m["picture"], Path(m["text"]).name) if what == "picture" else m["text"] for m in mistakes]
+        page.table(("truth", "answer", "probability", what), [(m["truth"], m["answer"], m["probability"], s) for m, s in zip(mistakes, shows, strict=True)])
     if observed.get("samples"):
-        page.section("Samples", "Continuations of the beginnings of evaluation rows, greedy.")
-        page.table(("beginning", "the model goes on", "the row goes on"), [(s["prompt"], s["answer"], s["truth"]) for s in observed["samples"][:MOST_ROWS]])
+        page.section("Samples", "What the model writes to evaluation rows, greedily.")
+        page.table(("given", "the model's answer", "the row's own"), [(s["prompt"], s["answer"], s["truth"]) for s in observed["samples"][:MOST_ROWS]])
 
 
 def per_class(labels: list[str], counts: list[list[int]]) -> list[tuple[str, float | None, float | None, float, int]]:
@@ -176,7 +177,9 @@ def _parameters(page: Page, result: dict[str, Any], plan: Any) -> None:
 def _repeat(page: Page, run: dict[str, Any], result: dict[str, Any], where: str) -> None:
     versions = run.get("versions") or {}
     page.section("How to repeat it")
-    page.code(f"pip install {' '.join(f'{k}=={v}' for k, v in versions.items())}\nveneer train {where}/{CONFIG} output={where}-again")
+    # +cpu and the like name a build, which the package index does not have
+    packages = " ".join(f"{k}=={v.partition('+')[0]}" for k, v in versions.items())
+    page.code(f"pip install {packages}\nveneer train {where}/{CONFIG} output={where}-again")
     page.text("The same versions on the same hardware give the same numbers; other hardware may round otherwise. Paths are relative to where it ran.")
     page.section("Configuration")
     page.code(as_yaml(run["config"]))

@@ -257,8 +257,10 @@ def _settled(page: Page, settled: dict[str, Any]) -> None:
     parts = settled["parts"]
     names = [f"{p['method']} {p['module']}" for p in parts]
     dropped = [not p["kept"] for p in parts]
+    start = "" if settled.get("rewound") is None else f" What is left started anew (seed {settled['rewound']}) and trained for {settled['steps']:,} steps."
     page.section(
-        "Settled", f"{settled['before']:,} trainable parameters became {settled['after']:,}. Grey: dropped. A gate's size alone proves nothing: see the loss."
+        "Settled",
+        f"{settled['before']:,} trainable parameters became {settled['after']:,}.{start} Grey: dropped. A gate's size alone proves nothing: see the loss.",
     )
     if any(p["loss"] is not None for p in parts):
         caption = "Score of the whole minus score without the part, on held-out data."

@@ -31,6 +31,10 @@ class Answer:
     blanks: ClassVar[dict[str, Any]] = {}
     formats: ClassVar[tuple[str, ...]] = ()
     echoes: ClassVar[bool] = True
+    writes: ClassVar[bool] = False  # text, of which `expected` says what a row itself has
+
+    def expected(self, row: Row) -> str:
+        raise NotImplementedError
 
     def __init__(self, task: Any) -> None:
         self.task = task
@@ -54,6 +58,8 @@ class Answer:
 
     # -- what several do alike ----------------------------------------------------------------------------------------
     def encoded(self, rows: list[Row]) -> list[Row]:
+        if not self.writes:  # a label that a file has, perhaps one that training never saw, plays no part
+            rows = [row | {name: self.blank(name, row) for name in self.blanks if name in row} for row in rows]
         found = self.task.encode(rows)
         for i, row in enumerate(found, 1):
             if isinstance(row, BadRow):
@@ -205,14 +211,49 @@ class Vector(Answer):
         return f"[{', '.join(f'{x:.3f}' for x in v[:4])}, … {len(v)} numbers]"
 
 
+class Filled(Answer):
+    """{'text': the text with its masks filled, 'words': the likeliest token for each mask with its probability}. A text
+    without a mask is an error."""
+
+    echoes = False
+
+    def __call__(self, rows: list[Row], **options: Any) -> list[Row]:
+        tools, out = self.task.tools, []
+        batch = tools([r["text"] for r in rows], padding=True, truncation=True, max_length=self.task.longest, return_tensors="pt")
+        chances = torch.softmax(self.task.model(**placed(dict(batch), self.task.model)).logits.float(), -1).cpu()
+        for row, ids, p in zip(rows, batch["input_ids"], chances, strict=True):
+            at = (ids == tools.mask_token_id).nonzero().flatten().tolist()
+            if not at:
+                raise DataError(f"no {tools.mask_token} is in {row['text'][:60]!r}", fix=f"Write {tools.mask_token} where a word is to be found")
+            best = [(tools.decode([int(p[i].argmax())]), float(p[i].max())) for i in at]
+            text = row["text"]
+            for word, _ in best:
+                text = text.replace(tools.mask_token, word, 1)
+            out.append({"text": text, "words": [{"word": w, "probability": c} for w, c in best]})
+        return out
+
+    def shown(self, answer: Row) -> str:
+        words = ", ".join(f"{w['word']} {w['probability']:.3f}" for w in answer["words"])
+        return f"{answer['text']}  ({words})"
+
+
 class Continuation(Answer):
     """{'text': what follows}; in files the column is `prompt` or `text`."""
 
     blanks = {"completion": "-"}
     echoes = False
+    writes = True
+
+    def expected(self, row: Row) -> str:
+        """What should follow; nothing where the row is plain text."""
+        return row.get("completion", "")
 
     def prompt(self, row: Row) -> str:
         return row.get("prompt") or row["text"]
+
+    def asked(self, row: Row) -> str:
+        """What is asked, for a person."""
+        return self.prompt(row)
 
     def tokens(self, rows: list[Row]) -> Any:
         """The prompts as a padded batch."""
@@ -251,14 +292,23 @@ class Reply(Continuation):
     def row(self, text: str) -> Row:
         return {"messages": [{"role": "user", "content": text}]}
 
+    def expected(self, row: Row) -> str:
+        said = row.get("completion") or row.get("chosen") or row["messages"]
+        return said if isinstance(said, str) else str(said[-1]["content"])
+
+    def turns(self, row: Row) -> list[dict[str, Any]]:
+        """The conversation up to what is asked for."""
+        said: Any = row.get("messages") or row.get("prompt") or row.get("chosen")
+        talk: list[dict[str, Any]] = [{"role": "user", "content": said}] if isinstance(said, str) else list(said or ())
+        return talk[:-1] if talk and talk[-1]["role"] == "assistant" else talk
+
+    def asked(self, row: Row) -> str:
+        return "\n".join(f"{m['role']}: {m['content']}" for m in self.turns(row))
+
     def tokens(self, rows: list[Row]) -> Any:
-        talks = []
-        for row in rows:
-            talk = row.get("messages") or row.get("prompt") or row.get("chosen")
-            talk = [{"role": "user", "content": talk}] if isinstance(talk, str) else list(talk or ())
-            talks.append(talk[:-1] if talk and talk[-1]["role"] == "assistant" else talk)
         return self.task.tools.apply_chat_template(
-            talks, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt", tokenizer_kwargs={"padding_side": "left"}
+            [self.turns(r) for r in rows],
+            add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt", tokenizer_kwargs={"padding_side": "left"}
         )  # fmt: skip
 
 
@@ -267,6 +317,9 @@ class Target(Continuation):
 
     asks = "source"
     blanks = {"target": "-", "completion": "-"}
+
+    def expected(self, row: Row) -> str:
+        return row.get("target") or row["completion"]
 
     def prompt(self, row: Row) -> str:
         return row.get("source") or row["prompt"]
@@ -282,6 +335,7 @@ ANSWERS: dict[str, Callable[[Any], Answer]] = {
     "regression": Number,
     "token-classification": Tags,
     "causal-lm": Continuation,
+    "masked-lm": Filled,
     "chat": Reply,
     "dpo": Reply,
     "text-to-text": Target,

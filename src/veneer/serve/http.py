@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -68,6 +69,11 @@ def create_app(opened: Opened, most: int = 16, wait: float = 0.01) -> FastAPI:
     @app.exception_handler(VeneerError)
     async def refuse(request: Any, e: Exception) -> JSONResponse:
         return JSONResponse({"error": {"message": str(e), "type": type(e).__name__}}, status_code=400)
+
+    @app.exception_handler(RequestValidationError)
+    async def mistaken(request: Any, e: Exception) -> JSONResponse:
+        found = [f"{'.'.join(str(p) for p in one['loc'][1:])}: {one['msg'].lower()}" for one in e.errors()]  # type: ignore[attr-defined]
+        return JSONResponse({"error": {"message": "; ".join(found), "type": "RequestError"}}, status_code=422)
 
     async def answer(kind: str, asked: _Asked, prompts: list[list[int]], form: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
         adapter = None if asked.model == BASE else asked.model

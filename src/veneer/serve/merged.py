@@ -9,10 +9,11 @@ import torch
 
 from ..attach import detach
 from ..errors import CapabilityError, ConfigError, did_you_mean
+from ..example import example
 from ..files import whole_folder
 from ..install import KEY
 from ..merge import merge
-from .measure import Difference, difference, output, probe, with_and_without
+from .measure import Difference, difference, output, with_and_without
 from .opened import Opened, load_base, quiet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,7 +42,7 @@ def write_merged(opened: Opened, to: str | Path, dtype: str | None = None) -> Pl
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}", where="--dtype", fix=did_you_mean(dtype, DTYPES))
     kind = DTYPES[dtype] if dtype is not None else checkpoint_dtype(opened.base)
-    inputs = probe(opened.model)
+    inputs = example(opened.model)
     adapted, base = with_and_without(opened.model, inputs)
     fold(opened)
     with whole_folder(Path(to)) as folder, quiet():

@@ -1,4 +1,4 @@
-"""Anything that was trained, opened for use: a run's folder, or an adapter's own in either format."""
+"""Anything that was trained, opened for use: a run's folder, or an adapter's own in any format."""
 
 from __future__ import annotations
 
@@ -11,21 +11,11 @@ from typing import Any
 from ..adapter import Adapter, activate
 from ..data.builtin import model_path
 from ..errors import AdapterError, ConfigError, VeneerError, did_you_mean
-from ..files import read_json
+from ..formats import find, reader
 from ..store import CONFIG, load, read_config
 from ..train.config import TrainConfig, make_config
 from ..train.folder import ADAPTER, PROCESSOR, RUN, read_run
 from ..train.prepare import load_model
-
-# PEFT's task types, each with transformers' class that has such a head
-AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 @dataclass
@@ -77,7 +67,7 @@ class Opened:
 
 
 def open_folder(folder: str | Path, *, model: str | None = None, name: str | None = None, more: list[str] | None = None, plain: bool = False) -> Opened:
-    """Open what `folder` holds: a run, a native adapter, or one of Hugging Face PEFT's.
+    """Open what `folder` holds: a run, a native adapter, or one that Hugging Face PEFT or AdapterHub wrote.
 
     model   the base, in place of the one that the folder names
     name    what to call the adapter here; default: its own name
@@ -97,8 +87,6 @@ def open_folder(folder: str | Path, *, model: str | None = None, name: str | Non
 
 def adapter_in(folder: Path) -> tuple[Path, str]:
     """Where the adapter of `folder` lies, and its name. Raises: ConfigError where there is none."""
-    from ..peft_format import find
-
     if (folder / RUN).exists():
         data = read_run(folder)
         return _finished(folder), str(data["config"].get("name") or folder.name)
@@ -111,7 +99,8 @@ def adapter_in(folder: Path) -> tuple[Path, str]:
             where=str(folder),
             fix="Give the folder that `veneer train` or `veneer demo` wrote, or one with an adapter",
         )
-    return found, folder.name if found == folder else found.name
+    module, config = reader(found)
+    return found, module.about(found, config)[0] or found.name
 
 
 def _names_for(folder: Path, name: str) -> Iterator[str]:
@@ -167,9 +156,9 @@ def _bare(folder: Path, base: str | None, name: str | None) -> Opened:
         described = read_config(place)["base"]
         path, kind = base or described.get("name_or_path"), described["class"]
     else:
-        said = read_json(place / "adapter_config.json")
-        said = said if isinstance(said, dict) else {}
-        path, kind = base or said.get("base_model_name_or_path"), AUTO.get(str(said.get("task_type")), "")
+        module, said = reader(place)
+        _, path, kind = module.about(place, said)
+        path = base or path
     if not path:
         raise ConfigError("the adapter does not say which base it is for", where=str(place), fix="Name it: --model PATH")
     model, tokenizer = load_base(str(path), kind)

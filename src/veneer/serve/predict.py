@@ -77,7 +77,7 @@ class Predictor:
         folder = Path(source).parent if Path(source).is_file() else Path()
         formats = [d.format] if d.format is not None else [*self.task.formats, *self.answer.formats]
         found: Any = None
-        for place, raw in read_rows(source, encoding=d.encoding, split=d.eval_split, subset=d.subset):
+        for place, raw in read_rows(source, encoding=d.encoding, split=d.eval_split, subset=d.subset, quotes=d.quotes):
             try:
                 if isinstance(raw, BadRow):
                     raise raw
@@ -87,16 +87,18 @@ class Predictor:
                 yield found[0].read(full, found[1], folder)
             except BadRow as bad:
                 raise bad.at(place) from None
+        if found is None:
+            raise DataError("there are no rows", where=source)
 
     def _filled(self, raw: Row, formats: list[str], named: Mapping[str, str]) -> Row:
-        """`raw` with a column for each field that it may lack."""
+        """`raw` with a value for each field that it may lack."""
         out = dict(raw)
-        lower = {str(k).lower() for k in raw}
+        lower = {str(k).lower(): k for k in raw}
         for fmt in map(find_format, formats):
             for f in fmt.fields:
                 column = named.get(f.name, f.columns[0])
-                missing = column not in out and not lower & set(f.columns)
-                if f.name in self.answer.blanks and missing and not f.optional:
+                column = column if column in out else next((lower[c] for c in f.columns if c in lower), column)
+                if f.name in self.answer.blanks and out.get(column) in ("", None) and not f.optional:
                     known, _ = fmt.columns(out, {k: v for k, v in named.items() if v in out})
                     row = {name: out[c] for name, c in known.items()}
                     if "tokens" in row and isinstance(row["tokens"], str):

@@ -12,12 +12,13 @@ from pathlib import Path
 from torch import Tensor
 
 from ...errors import ConfigError, did_you_mean
+from ...example import example
 from ...files import whole_folder
-from ..measure import Difference, difference, probe, with_and_without
+from ..measure import Difference, difference, with_and_without
 from ..opened import Opened
 
 # the module of each; its TARGET is a Target
-TARGETS = {"peft": ".peft", "safetensors": ".tensors", "gguf": ".gguf", "onnx": ".onnx"}
+TARGETS = {"peft": ".peft", "vllm": ".vllm", "safetensors": ".tensors", "gguf": ".gguf", "onnx": ".onnx"}
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Target:
 def export(opened: Opened, to: str | Path, target: str) -> Exported:
     """Write the active adapter of `opened` in the new folder `to` for `target`, read it again and compare.
 
-    peft         Hugging Face PEFT's files, read by peft; vLLM reads them too, where they hold plain LoRA
+    peft         Hugging Face PEFT's files, read by peft
+    vllm         the same, where they keep vLLM's rules: plain LoRA of one rank; read by peft
     safetensors  one file: the adapter's tensors, with its plan and base as metadata; read by safetensors
     gguf         a LoRA adapter for llama.cpp; read by the package gguf under llama.cpp's rules: W' = W + alpha / r · B A
     onnx         the whole model, the adapter merged where it merges and inside the graph where not; read by onnxruntime
@@ -61,7 +63,7 @@ def export(opened: Opened, to: str | Path, target: str) -> Exported:
     for package in (t.reader, *t.needs):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"the package {package!r} is not installed", where=f"--to {target}", fix='pip install "veneer[export]"')
-    inputs = probe(opened.model)
+    inputs = example(opened.model)
     adapted, base = with_and_without(opened.model, inputs)
     with whole_folder(Path(to)) as folder:
         written = t.write(opened, folder)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CapabilityError, MergeError
-from ..measure import probe
+from ...example import example
 from ..merged import fold
 from ..opened import Opened
 from . import Target
@@ -41,7 +41,7 @@ def write(opened: Opened, folder: Path) -> Path:
     """
     with contextlib.suppress(CapabilityError, MergeError):
         fold(opened)
-    inputs = probe(opened.model, seed=1)
+    inputs = example(opened.model, seed=1)
     names = list(inputs)
     free = tuple({i: torch.export.Dim.DYNAMIC for i, _ in enumerate(AXES.get(n, ("batch",)))} for n in names)
     path = folder / FILE
