@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,7 @@ class Arm:
 
     def __init__(self, name: str, argv: list[str], log: Path) -> None:
         self.name, self.blocks = name, []
-        self.log = log / f"{name.replace(':', '_')}.log"
+        self.log = log / f"{name.translate(str.maketrans(':@=', '___'))}.log"
         self.process = subprocess.Popen(
             [sys.executable, sys.argv[0], *argv, "--arm", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(self.log, "w"), text=True
         )
@@ -116,13 +117,32 @@ def versions(device: str) -> dict[str, Any]:
     return {**out, "device": subprocess.run(query, capture_output=True, text=True).stdout.strip()}
 
 
-def compete(sets: list[list[str]], argv: list[str], info: dict[str, Any], out: Path, name: str, blocks: int, profiles: list[str]) -> list[Arm]:
-    """Run the arms of each set side by side, block by block in turn; write every block to `out`; return the arms."""
+def compete(
+    sets: list[list[str]], argv: list[str], info: dict[str, Any], out: Path, name: str, blocks: int, profiles: list[str], seconds: float | None = None
+) -> list[Arm]:
+    """Run the arms of each set side by side, block by block in turn; write every block to `out`; return the arms.
+
+    seconds  after these, whatever still runs is ended, and what there is counts
+    """
     out.mkdir(parents=True, exist_ok=True)
     done: list[Arm] = []
+    running: list[Arm] = []
+    ended = threading.Event()
+
+    def end() -> None:
+        ended.set()
+        for arm in running:
+            arm.process.kill()
+
+    clock = threading.Timer(seconds or threading.TIMEOUT_MAX, end)
+    clock.daemon = True
+    clock.start()
     with open(out / f"{name}.jsonl", "a") as f:
-        for names in sets:
+        for group, names in enumerate(sets):
+            if ended.is_set():
+                break
             arms = [Arm(n, argv, out) for n in names]  # all start, and compile, at once
+            running[:] = arms
             for arm in arms:
                 arm.ready = arm.read()
                 print(f"{arm.name}: {arm.ready or 'failed, see ' + str(arm.log)}", flush=True)
@@ -131,12 +151,12 @@ def compete(sets: list[list[str]], argv: list[str], info: dict[str, Any], out: P
                     got = arm.ask() if arm.ready else None
                     if got is not None:
                         arm.blocks.append(got)
-                        f.write(json.dumps({**info, "arm": arm.name, "block": i, **got}) + "\n")
+                        f.write(json.dumps({**info, "arm": arm.name, "group": group, "block": i, **got}) + "\n")
                         f.flush()
             for arm in arms:
                 if arm.ready and arm.name in profiles:
                     got = arm.ask("profile") or {}
-                    (out / f"profile_{name}_{arm.name.replace(':', '_')}.json").write_text(json.dumps(got))
+                    (out / f"profile_{name}_{arm.log.stem}.json").write_text(json.dumps(got))
                     print(f"--- kernels of {arm.name}")
                     for key, count, ms in got.get("profile", [])[:25]:
                         print(f"  {ms:9.3f} ms {count:5d}  {key}")
@@ -144,6 +164,7 @@ def compete(sets: list[list[str]], argv: list[str], info: dict[str, Any], out: P
                 if not arm.blocks:
                     print(f"--- {arm.name} failed:\n{arm.log.read_text()[-1500:]}")
             done += arms
+    clock.cancel()
     return done
 
 
@@ -164,3 +185,23 @@ def table(done: list[Arm], names: list[str], info: dict[str, Any]) -> None:
         peer = f"{speed[n] / speed['peft']:.2f}" if "peft" in speed else ""
         ms, peak = 1e3 * statistics.median(b["seconds"] for b in blocks), max(b["peak_gib"] for b in blocks)
         print(f"{n:<24}{speed[n]:>10,.0f}{min(tokens):>10,.0f}{max(tokens):>10,.0f}{ms:>9.1f}{peak:>10.2f}{floor:>12}{peer:>8}")
+
+
+def report(files: list[Path]) -> None:
+    """One table of the lines that several runs have written: an arm's median beside the floor's and PEFT's of its own run and group."""
+    found: dict[Any, dict[str, list[dict[str, Any]]]] = {}
+    for file in files:
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            if "tokens_s" in row:
+                key = tuple(str(row.get(k, "")) for k in ("size", "method", "r", "dropout", "torch", "device", "group"))
+                found.setdefault((str(file), *key), {}).setdefault(row["arm"], []).append(row)
+    print(f"{'size':<6}{'arm':<32}{'blocks':>7}{'tokens/s':>10}{'peak GiB':>10}{'over floor':>12}{'x PEFT':>8}")
+    for (_, size, *_), arms in sorted(found.items()):
+        speed = {n: statistics.median(b["tokens_s"] for b in blocks) for n, blocks in arms.items()}
+        for name, blocks in arms.items():
+            method = name.partition(":")[2]
+            floor = speed.get(f"floor:{method}", speed.get("floor"))
+            peer = speed.get(f"peft:{method}" if method else "peft")
+            over, times = f"{100 * (floor / speed[name] - 1):.1f}%" if floor else "", f"{speed[name] / peer:.2f}" if peer else ""
+            print(f"{size:<6}{name:<32}{len(blocks):>7}{speed[name]:>10,.0f}{max(b['peak_gib'] for b in blocks):>10.2f}{over:>12}{times:>8}")

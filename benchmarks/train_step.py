@@ -16,25 +16,56 @@ arms   floor          the frozen base with compiled layers and the fused loss, g
        veneer         and veneer.optimize
        veneer-unfused veneer.optimize(fuse=False): what the compiler makes of the plain rule
        veneer-bf16    veneer with adapter weights in bf16 (no fp32 masters: for the cost of the casts)
-A name may carry another method: veneer:ia3, peft:ia3, veneer:bottleneck, ….
+       veneer-fp8     veneer.optimize(base_compute="fp8"); veneer-fp8-off with the original weights in CPU memory
+       veneer-fp8-fused  the same with low-rank maps in one operation with the fp8 products (fuse=True)
+       floor-fp8      the floor, with the frozen base in fp8
+       veneer-low     veneer.optimize(memory="low"); veneer-low-fp8 with both; veneer-half: memory=0.5
+       liger-peft     PEFT on a model with Liger's kernels and loss; liger-peft-bf16 with its adapter weights in bf16
+A name may carry another method, rank or dropout: veneer:ia3, peft:ia3, veneer:lora@r=64, peft:lora@dropout=0.05, …. BitFit's base has biases,
+and floor:bitfit is the floor for it.
+
+    python benchmarks/train_step.py --report results/*.jsonl       # one table of what several runs have written
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from arms import compete, serve, table, versions
+from arms import compete, report, serve, table, versions
 
 SIZES = {  # hidden, inner, layers, heads, kv heads, head width, words, batch, tokens
     "1b": (2048, 8192, 16, 32, 8, 64, 128256, 8, 1024),
     "8b": (4096, 14336, 32, 32, 8, 128, 128256, 4, 1024),
     "small": (512, 1408, 4, 8, 4, 64, 32000, 4, 256),
+    "thin": (64, 128, 16, 4, 2, 16, 500, 2, 32),  # as many layers as 1b: what is launched counts, not what is computed
     "tiny": (64, 128, 2, 4, 2, 16, 500, 2, 32),
 }
+OPTIMIZE: dict[str, dict[str, Any]] = {  # of an arm's name, what vn.optimize is given
+    "veneer": {"fuse": True},
+    "veneer-bf16": {"fuse": True},
+    "veneer-unfused": {"fuse": False},
+    "veneer-fp8": {"base_compute": "fp8"},
+    "veneer-fp8-fused": {"fuse": True, "base_compute": "fp8"},
+    "veneer-fp8-off": {"base_compute": "fp8", "offload_base": True},
+    "veneer-low": {"memory": "low"},
+    "veneer-low-fp8": {"memory": "low", "base_compute": "fp8", "offload_base": True},
+    "veneer-half": {"memory": 0.5},
+    "veneer-fifth": {"memory": 0.2},
+}
 DEFAULT = "floor,peft,peft-compiled,veneer-plain,veneer-unfused,veneer"
+
+
+def meaning(name: str, a: argparse.Namespace) -> tuple[str, str, int, float]:
+    """Arm, method, rank and dropout of an arm's name."""
+    arm, _, rest = name.partition(":")
+    method, *options = rest.split("@")
+    given = dict(o.split("=") for o in options)
+    return arm, method or a.method, int(given.get("r", a.r)), float(given.get("dropout", a.dropout))
 
 
 def plan_of(method: str, r: int, dropout: float) -> Any:
@@ -42,6 +73,7 @@ def plan_of(method: str, r: int, dropout: float) -> Any:
 
     plans = {
         "lora": lambda: vn.LoRA(r, alpha=2 * r, dropout=dropout, at="linear"),
+        "dora": lambda: vn.DoRA(r, alpha=2 * r, dropout=dropout, at="linear"),
         "ia3": vn.IA3,
         "bitfit": vn.BitFit,
         "bottleneck": lambda: vn.Bottleneck(64),
@@ -55,8 +87,10 @@ def plan_of(method: str, r: int, dropout: float) -> Any:
 def peft_of(method: str, r: int, dropout: float) -> Any:
     import peft
 
-    if method == "lora":
-        return peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    if method in ("lora", "dora"):
+        return peft.LoraConfig(
+            r=r, lora_alpha=2 * r, lora_dropout=dropout, use_dora=method == "dora", target_modules="all-linear", task_type="CAUSAL_LM"
+        )  # fmt: skip
     if method == "ia3":
         return peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
     if method == "prefix":
@@ -69,59 +103,89 @@ def peft_of(method: str, r: int, dropout: float) -> Any:
 class Floor:
     """Layers and loss as veneer.optimize has them, with nothing attached."""
 
-    def __init__(self, model: Any, compile: bool) -> None:
+    def __init__(self, model: Any, compile: dict[str, Any] | None, fp8: bool = False) -> None:
+        from veneer.attach import state_of
+        from veneer.frozen import FrozenBase
         from veneer.head import fused_head
         from veneer.optimize import layers
 
         model.requires_grad_(False)
         model.train()
-        fused_head(model, compile)
-        if compile:
+        fused_head(model, compile is not None)
+        if fp8:
+            FrozenBase(model, state_of(model, create=True), offload=True)
+        if compile is not None:
             for layer in layers(model):
-                layer.compile(fullgraph=True)
+                layer.compile(**compile)
         model.get_input_embeddings().register_forward_hook(lambda m, a, y: y.requires_grad_())
 
 
-def build(a: argparse.Namespace) -> tuple[Any, Any]:
-    """The model of one arm, and its optimiser (None for the floor)."""
+def build(a: argparse.Namespace, planner: Any = None) -> tuple[Any, Any]:
+    """The model of one arm, and its optimiser (None for the floor). With a `planner` in the compiler's place it is not for running."""
     import torch
     import transformers
 
+    arm, method, r, dropout = meaning(a.arm, a)
     d, inner, n, heads, kv, width, words, _, length = SIZES[a.size]
     config = transformers.LlamaConfig(
         hidden_size=d, intermediate_size=inner, num_hidden_layers=n, num_attention_heads=heads, num_key_value_heads=kv, head_dim=width,
         vocab_size=words, max_position_embeddings=max(2048, length), tie_word_embeddings=False, use_cache=False,
+        attention_bias=method == "bitfit", mlp_bias=method == "bitfit",
     )  # fmt: skip
     dtype = torch.float32 if a.device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
+    if a.arm.startswith("liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()  # its defaults: rope, norms, SwiGLU, and the loss without logits
     with torch.device(a.device):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         model = transformers.LlamaForCausalLM(config)
         torch.set_default_dtype(before)
     model.train()
-    arm, _, method = a.arm.partition(":")
-    method = method or a.method
     on_gpu = a.device != "cpu"
+    compiler = {} if planner is None else {"backend": planner}
+    compile = {"fullgraph": True, **compiler} if on_gpu or a.compile else None
     if arm.startswith("floor"):
-        Floor(model, arm == "floor") if arm == "floor" else model.requires_grad_(False)
-        if arm != "floor":
+        if arm != "floor-eager":
+            Floor(model, compile, arm == "floor-fp8")
+        else:
+            model.requires_grad_(False)
             model.get_input_embeddings().register_forward_hook(lambda m, a, y: y.requires_grad_())
         return model, None
-    if arm.startswith("peft"):
+    if arm.startswith(("peft", "liger")):
         import peft
 
-        model = peft.get_peft_model(model, peft_of(method, a.r, a.dropout))
+        model = peft.get_peft_model(model, peft_of(method, r, dropout), autocast_adapter_dtype=not arm.endswith("bf16"))
         if arm == "peft-compiled":
-            model.compile()
+            model.compile(**compiler)
         params = [p for p in model.parameters() if p.requires_grad]
-        return model, torch.optim.AdamW(params, lr=1e-4, fused=on_gpu)
+        return model, None if planner is not None else torch.optim.AdamW(params, lr=1e-4, fused=on_gpu)
     import veneer as vn
 
-    vn.attach(model, plan_of(method, a.r, a.dropout), dtype=torch.bfloat16 if arm == "veneer-bf16" else None)
+    vn.attach(model, plan_of(method, r, dropout), dtype=torch.bfloat16 if arm == "veneer-bf16" else None)
     if arm != "veneer-plain":
-        vn.optimize(model, fuse=arm != "veneer-unfused", compile={"fullgraph": True} if on_gpu or a.compile else False)
-    return model, vn.adamw(model, lr=1e-4)
+        vn.optimize(model, **OPTIMIZE[arm], compile=False if compile is None else compile)
+    return model, None if planner is not None else vn.adamw(model, lr=1e-4)
+
+
+def estimated(a: argparse.Namespace) -> None:
+    """What vn.estimate's ledger says of one arm, as a line of JSON: no GPU is needed for it."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from veneer.estimate import step
+    from veneer.simulate import Ledger, Planner
+
+    a.device, planner = "meta", Planner(Ledger())
+    model, _ = build(a, planner)
+    words, batch, length = SIZES[a.size][6:]
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    found = asdict(step(model, {"input_ids": ids, "labels": ids}, planner))
+    print(json.dumps({"arm": a.arm, "size": a.size, "estimated_gib": round(found["peak"] / 2**30, 2), **found}), flush=True)
 
 
 def worker(a: argparse.Namespace) -> None:
@@ -151,40 +215,53 @@ def main() -> None:
     p.add_argument("--compile", action="store_true", help="compile on a CPU too")
     p.add_argument("--profile", default="", help="arms whose kernels to list after the blocks")
     p.add_argument("--memory", type=float, default=70, help="GiB of the card that arms running side by side may take")
+    p.add_argument("--seconds", type=float, default=None, help="end whatever still runs after these, and report what there is")
     p.add_argument("--out", default=os.environ.get("OUT", "results"))
+    p.add_argument("--estimate", action="store_true", help="print the arms' estimated memory instead of running them")
+    p.add_argument("--report", nargs="+", default=None, metavar="FILE", help="print a table of these files' lines instead of running")
     p.add_argument("--arm", default=None, help=argparse.SUPPRESS)
     a = p.parse_args()
+    if a.report:
+        return report([Path(f) for f in a.report])
     if a.device is None:
         import torch
 
         a.device = "cuda" if torch.cuda.is_available() else "cpu"
     if a.arm:
-        return worker(a)
+        return estimated(a) if a.estimate else worker(a)
+    if a.estimate:
+        for name in a.arms.split(","):
+            keep = [v for k in ("size", "method", "r", "dropout", "threads") for v in (f"--{k}", str(getattr(a, k)))]
+            subprocess.run([sys.executable, __file__, *keep, "--estimate", "--arm", name])
+        return None
     keep = ("size", "method", "r", "dropout", "device", "steps", "warmup", "threads")
     argv = [v for k in keep for v in (f"--{k}", str(getattr(a, k)))] + (["--compile"] if a.compile else [])
     info = {"benchmark": "train_step", **{k: getattr(a, k) for k in keep}, **versions(a.device)}
     names = a.arms.split(",")
-    done = compete(groups(names, a), argv, info, Path(a.out), f"train_step_{a.size}_{a.method}", a.blocks, a.profile.split(","))
+    done = compete(groups(names, a), argv, info, Path(a.out), f"train_step_{a.size}_{a.method}", a.blocks, a.profile.split(","), a.seconds)
     table(done, names, info)
 
 
 def groups(names: list[str], a: argparse.Namespace) -> list[list[str]]:
-    """The arms that take turns: as many together as the card's memory holds, by rough peaks in GiB."""
+    """The arms that take turns: as many together as the card's memory holds, by rough peaks in GiB. A floor that comes first is in each
+    group, so that every arm has it beside itself."""
     if a.size not in ("1b", "8b"):
         return [names]
+    big = a.size == "8b"
+    first = [names[0]] if names[0].partition(":")[0] == "floor" else []
     out: list[tuple[float, list[str]]] = []
-    for name in names:
+    for name in names[len(first) :]:
         arm = name.partition(":")[0]
         heavy = (36, 62) if arm in ("peft", "veneer-plain", "floor-eager") else (25, 47) if arm == "peft-compiled" else (14, 34)
-        size = heavy[a.size == "8b"]
+        size = heavy[big]
         for i, (used, group) in enumerate(out):
             if used + size <= a.memory:
                 group.append(name)
                 out[i] = (used + size, group)
                 break
         else:
-            out.append((size, [name]))
-    return [g for _, g in out]
+            out.append((size + len(first) * (11, 28)[big], [*first, name]))
+    return [g for _, g in out] or [names]
 
 
 if __name__ == "__main__":

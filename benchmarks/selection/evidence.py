@@ -1,20 +1,25 @@
 """Does gating pick the method a task needs? UniPELT's protocol (Mao et al. 2022) on seven other tasks, by racing.
 
-    python benchmarks/selection/prepare.py                                    (once, where packages can be had)
-    python benchmarks/selection/evidence.py --device cuda --workers 10        (adds lines to .out/evidence.jsonl; --resume goes on)
-    python benchmarks/selection/evidence.py --report                          (the table and the claims from those lines)
+    python benchmarks/selection/prepare.py                                             (once, where packages can be had)
+    python benchmarks/selection/evidence.py --device cuda --workers 3 --part 1/2       (adds lines to lines/; on another GPU: --part 2/2)
+    python benchmarks/selection/evidence.py --report                                   (the table and the claims from all lines)
 
 Protocol. K = 100, 500, 1000 training rows of each task, 3 seeds (rows, head, order), MiniLM; 1,000 other rows choose the checkpoint
-among 8 evaluations, as in the paper; test rows are read once, after that. Learning rates: for each method 4 rates are raced on three
-tasks at K = 500 with a seed that is used for nothing else; the best mean score on dev rows is the method's rate everywhere. All else is
-alike: AdamW, batch 16, warm-up 6%, then linear to 0, clipping at 1, the base's own dropout.
+among 8 evaluations, as in the paper; test rows, at most 2,000 of a task and the same for all rows of the table, are read once, after
+that. Rates: for each row of the table three were raced on four tasks at K = 500 with a seed that is used for nothing else (--tune); the
+best mean score on dev rows is the row's everywhere, and stands in rates.json. The fresh head has a rate of its own, the same in all rows
+(plans.py). All else is alike: AdamW, batch 16, warm-up 6%, then linear to 0, clipping at 1, the base's own dropout.
 
-Rows. full, bitfit, bottleneck (48), prefix (10), lora (8, q and v), ia3, unipelt-ap, unipelt-apl: each with a fresh head. 'settled' is
-unipelt-apl after vn.settle(keep=0.5, score=dev accuracy) and a re-tune of an eighth of its steps. 'selected' is successive halving over
-the seven light plans on dev scores at 1/8, 1/4, 1/2 of the steps; a race gives each candidate the weights it has alone, so which one it
-picks and what that scores follow from the recorded scores, and its cost (2.4 runs) from the rungs.
+Rows. Of plans.py: full, five single methods, UniPELT's two, and ours; each with a fresh head. 'settled' is ours after
+vn.settle(keep=0.5, by='layer', score=log-likelihood of the dev rows, rewind=True), trained for as many steps as every other row;
+'settled-apl' is UniPELT's in the same way; 'folded' and 'folded-apl' (only with --rows) keep the trained numbers, with a re-tune of a
+quarter of the steps. 'selected' is successive halving over the light plans on dev scores with two finalists. A race gives each candidate
+the weights it has alone, so which one it picks and what that scores follow from the recorded scores, and its cost (3 runs) from the rungs.
 
-Needs torch, transformers, safetensors and veneer's core. Each finished cell is one write, so a run that is cut off loses one cell a worker.
+A finished cell is one write to a file of --lines, a folder that git keeps: what any file there holds is not done again, so a run that was cut
+off, another GPU's part and another day's session add up. Lines of other settings (fewer steps or rows, other rates) are never mixed in.
+
+Needs torch, transformers, safetensors and veneer's core.
 """
 
 from __future__ import annotations
@@ -26,120 +31,41 @@ import time
 from pathlib import Path
 from typing import Any
 
+from plans import FOLDED, GRID, HEAD, METHODS, SETTLED, plan_of
+from running import lines_of, part_of, run, setting_of, todo, write
+from settling import folded, structure
+from tasks import TASKS, base_of, data_of, measures, predict, sample, shortest_first, some
+
 HERE = Path(__file__).parent
-TASKS = ("rotten", "plot", "r8", "news", "tweets", "amazon", "spam")
-SIZES, SEEDS, BATCH = (100, 500, 1000), (0, 1, 2), 16
+SIZES, SEEDS, BATCH, EVALUATIONS = (100, 500, 1000), (0, 1, 2), 16, 8
 STEPS = {100: 240, 500: 320, 1000: 400}
-TUNE_TASKS, TUNE_SIZE, TUNE_SEED = ("rotten", "r8", "tweets"), 500, 100
-RATES = {
-    "full": (2e-5, 5e-5, 1e-4, 2e-4),
-    "bitfit": (5e-4, 1e-3, 3e-3, 1e-2),
-    "bottleneck": (5e-4, 1e-3, 2e-3, 5e-3),
-    "prefix": (1e-3, 3e-3, 1e-2, 3e-2),
-    "lora": (5e-4, 1e-3, 2e-3, 5e-3),
-    "ia3": (1e-3, 3e-3, 1e-2, 3e-2),
-    "unipelt-ap": (5e-4, 1e-3, 2e-3, 5e-3),
-    "unipelt-apl": (5e-4, 1e-3, 2e-3, 5e-3),
-}
-METHODS = tuple(RATES)
-SINGLE = ("bitfit", "bottleneck", "prefix", "lora", "ia3")
-LIGHT = METHODS[1:]
-ROWS = (*METHODS, "settled", "selected")
-
-
-# -- data and base ------------------------------------------------------------------------------------------------------
-def data_of(folder: Path, task: str, longest: int | None = None) -> dict[str, Any]:
-    """pool, dev and test of a task as dicts of tensors, and the number of classes."""
-    import torch
-    from safetensors.torch import load_file
-
-    found = load_file(folder / f"{task}.safetensors")
-    out: dict[str, Any] = {"classes": len(json.loads((folder / "tasks.json").read_text())[task]["labels"])}
-    for part in ("pool", "dev", "test"):
-        ids, length = found[f"{part}.ids"].to(torch.int64)[:, :longest], found[f"{part}.length"].long()
-        mask = (torch.arange(ids.shape[1])[None] < length[:, None]).long()
-        out[part] = {"input_ids": ids, "attention_mask": mask, "labels": found[f"{part}.labels"].long()}
-    return out
-
-
-def base_of(folder: Path, classes: int, device: str, seed: int = 0, dropout: float | None = None) -> Any:
-    """MiniLM in fp32 (its weights rounded to bf16) with a fresh head."""
-    import torch
-    from safetensors.torch import load_file
-    from transformers import BertConfig, BertForSequenceClassification
-
-    described = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in ("id2label", "label2id", "architectures")}
-    config = BertConfig.from_dict(described | {"num_labels": classes, "dtype": "float32"})
-    if dropout is not None:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    torch.manual_seed(seed)
-    model = BertForSequenceClassification(config).float()
-    missing = model.bert.load_state_dict({k: v.float() for k, v in load_file(folder / "base.safetensors").items()}, strict=False)
-    assert not missing.unexpected_keys and all("position_ids" in k for k in missing.missing_keys), missing
-    return model.to(device).eval()
-
-
-def sample(pool: dict[str, Any], k: int, seed: int) -> dict[str, Any]:
-    """k rows at random, with at least one of each class."""
-    import torch
-
-    order = torch.randperm(len(pool["labels"]), generator=torch.Generator().manual_seed(seed))
-    labels = pool["labels"][order]
-    first = [int((labels == c).nonzero()[0]) for c in labels.unique()]
-    rest = [i for i in range(len(labels)) if i not in set(first)]
-    rows = order[(first + rest)[:k]]
-    return {key: v[rows] for key, v in pool.items()}
-
-
-def plan_of(method: str) -> Any:
-    import veneer as vn
-
-    return vn.Full(at="all") if method == "full" else vn.preset(method) + vn.Full(at="head")
-
-
-def predict(model: Any, names: list[str], rows: dict[str, Any], batch: int = 256) -> list[Any]:
-    """The classes that each adapter gives to rows, all adapters in one batch."""
-    import torch
-
-    import veneer as vn
-
-    model.eval()
-    found: list[list[Any]] = [[] for _ in names]
-    with torch.no_grad():
-        for i in range(0, len(rows["labels"]), batch):
-            ids, mask = rows["input_ids"][i : i + batch], rows["attention_mask"][i : i + batch]
-            n, k = len(ids), len(names)
-            with vn.route(model, [name for name in names for _ in range(n)]):
-                logits = model(input_ids=ids.repeat(k, 1), attention_mask=mask.repeat(k, 1)).logits
-            for mine, out in zip(found, logits.argmax(-1).split(n), strict=True):
-                mine.append(out)
-    return [torch.cat(f) for f in found]
-
-
-def measures(guess: Any, truth: Any, classes: int) -> dict[str, float]:
-    f1 = []
-    for c in range(classes):
-        hit = int(((guess == c) & (truth == c)).sum())
-        both = int((guess == c).sum()) + int((truth == c).sum())
-        if both:
-            f1.append(2 * hit / both)
-    return {"accuracy": float((guess == truth).float().mean()), "f1": sum(f1) / len(f1)}
+TUNE_TASKS, TUNE_SIZE, TUNE_SEED = ("news", "rotten", "r8", "tweets"), 500, 100
+AGAIN = 4  # the re-tune of what was folded is one AGAIN-th of the steps
+PROTOCOL = 2
+Rates = dict[str, float]
 
 
 # -- jobs ---------------------------------------------------------------------------------------------------------------
-def tune(args: Any, task: str, methods: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Every rate of `methods` on one task; the test rows stay unread."""
-    from veneer.select.lanes import Candidate
+def racing(args: Any, model: Any, candidates: dict[str, Any], train: Any, dev: Any, steps: int, seed: int, keep: str) -> Any:
     from veneer.select.race import race
+
+    return race(
+        model, candidates, train, dev, steps=steps, batch=BATCH, eval_batch=max(1, args.wide // len(candidates)),
+        evaluate_every=max(1, steps // EVALUATIONS), seed=seed, keep=keep, graph=args.device.startswith("cuda"),
+    )  # fmt: skip
+
+
+def tune(args: Any, task: str, methods: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Every choice of rates of `methods` on one task; the test rows stay unread."""
+    from veneer.select.lanes import Candidate
 
     data = data_of(args.data, task)
     model = base_of(args.data, data["classes"], args.device, TUNE_SEED)
-    lanes = {f"{m}_{i}": (m, lr) for m in methods for i, lr in enumerate(RATES[m])}
-    steps = steps_of(args, TUNE_SIZE)
+    lanes = {f"{m}_{i}": (m, lr) for m in methods for i, lr in enumerate(GRID[m])}
     begin = time.perf_counter()
-    report = race(
-        model, {n: Candidate(plan_of(m), lr=lr) for n, (m, lr) in lanes.items()}, sample(data["pool"], TUNE_SIZE, TUNE_SEED), some(data["dev"], args.dev),
-        steps=steps, batch=BATCH, eval_batch=args.eval_batch, evaluate_every=max(1, steps // 8), seed=TUNE_SEED, keep="none",
+    report = racing(
+        args, model, {n: Candidate(plan_of(*x), lr=x[1]) for n, x in lanes.items()}, sample(data["pool"], TUNE_SIZE, TUNE_SEED),
+        shortest_first(some(data["dev"], args.dev)), steps_of(args, TUNE_SIZE), TUNE_SEED, "none",
     )  # fmt: skip
     seconds = time.perf_counter() - begin
     found = report.candidates
@@ -149,85 +75,48 @@ def tune(args: Any, task: str, methods: tuple[str, ...]) -> list[dict[str, Any]]
     ]
 
 
-def cell(args: Any, task: str, k: int, seed: int, rates: dict[str, float]) -> list[dict[str, Any]]:
+def cell(args: Any, task: str, k: int, seed: int, rates: Rates) -> list[dict[str, Any]]:
     """All rows of one task, K and seed but 'selected', which follows from them."""
-    import torch
-
     import veneer as vn
     from veneer.select.lanes import Candidate
-    from veneer.select.race import race
 
+    begin = time.perf_counter()
     data = data_of(args.data, task)
-    rows = {part: {key: v.to(args.device) for key, v in data[part].items()} for part in ("dev", "test")}
-    dev, test = some(rows["dev"], args.dev), some(rows["test"], args.test)
+    rows = {part: {key: v.to(args.device) for key, v in shortest_first(some(data[part], n)).items()} for part, n in (("dev", args.dev), ("test", args.test))}
+    dev, test = rows["dev"], rows["test"]
     train = sample(data["pool"], k, seed)
     model = base_of(args.data, data["classes"], args.device, seed)
     steps = steps_of(args, k)
-    begin = time.perf_counter()
-    report = race(
-        model, {m: Candidate(plan_of(m), lr=rates[m]) for m in METHODS}, train, dev,
-        steps=steps, batch=BATCH, eval_batch=args.eval_batch, evaluate_every=max(1, steps // 8), seed=seed, keep="all",
-    )  # fmt: skip
-    raced = time.perf_counter() - begin
-    out = []
-    for m, guess in zip(METHODS, predict(model, list(METHODS), test, args.eval_batch), strict=True):
-        r = report.candidates[m]
-        out.append({
-            "row": m, **measures(guess, test["labels"], data["classes"]), "dev": r.best, "best_step": r.best_step, "scores": r.scores, "status": r.status,
-            "parameters": r.parameters, "lr": rates[m], "seconds": r.seconds,
-        })  # fmt: skip
-    name = "unipelt-apl"
-    vn.activate(model, name)
-    for m in METHODS:
-        if m != name:
+    out: list[dict[str, Any]] = []
+
+    def raced(candidates: dict[str, Any], more: dict[str, dict[str, Any]]) -> None:
+        """Train `candidates` together and test them in one pass."""
+        report = racing(args, model, candidates, train, dev, steps, seed, "all")
+        for name, guess in zip(candidates, predict(model, list(candidates), test, args.wide), strict=True):
+            r = report.candidates[name]
+            out.append({
+                "row": name, **measures(guess, test["labels"], data["classes"]), "dev": r.best, "best_step": r.best_step, "scores": r.scores,
+                "status": r.status, "parameters": r.parameters, "lr": r.settings["lr"], "seconds": round(report.seconds, 2), **more.get(name, {}),
+            })  # fmt: skip
+
+    methods = [m for m in METHODS if m in args.rows]
+    raced({m: Candidate(plan_of(m, rates[m]), lr=rates[m]) for m in methods}, {})
+    own = {row: m for row, m in SETTLED.items() if row in args.rows}
+    for m in methods:
+        if m not in {**own, **{r: SETTLED[x] for r, x in FOLDED.items() if r in args.rows}}.values():
             vn.detach(model, m)
-    begin = time.perf_counter()
-
-    def accuracy(m: Any, part: dict[str, Any] = dev) -> float:
-        return measures(predict_active(m, part, args.eval_batch), part["labels"], data["classes"])["accuracy"]
-
-    def again(m: Any) -> None:
-        short = max(1, steps // 8)
-        generator = torch.Generator().manual_seed(seed + 7)
-        optimizer = vn.adamw(m, lr=rates[name], weight_decay=0.0)
-        m.train()
-        for step in range(short):
-            at = torch.randint(0, k, (BATCH,), generator=generator)
-            batch = {key: v[at].to(args.device) for key, v in train.items()}
-            for group in optimizer.param_groups:
-                group["lr"] = 0.5 * rates[name] * (1 - step / short)
-            m(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        m.eval()
-
-    head = sum(p.numel() for part in vn.Adapter(model, name).parts if part.gate is None for p in part.parameters())
-    shown = [{key: v[i : i + 64].to(args.device) for key, v in train.items() if key != "labels"} for i in range(0, min(k, 256), 64)]
-    settled = vn.settle(model, shown, keep=0.5, name=name, score=accuracy, retune=again)
-    seconds = time.perf_counter() - begin
-    parts = [{key: p[key] for key in ("method", "module", "mean", "std", "loss", "kept", "parameters")} for p in settled.parts]
-    out.append({
-        "row": "settled", **measures(predict_active(model, test, args.eval_batch), test["labels"], data["classes"]), "dev": accuracy(model), "parts": parts,
-        "parameters": settled.after, "before": settled.before, "head": head, "lr": rates[name], "seconds": seconds,
-    })  # fmt: skip
-    return [{"kind": "cell", "task": task, "K": k, "seed": seed, "steps": steps, "race_seconds": raced, **r} for r in out]
-
-
-def predict_active(model: Any, rows: dict[str, Any], batch: int) -> Any:
-    import torch
-
-    model.eval()
-    with torch.no_grad():
-        parts = [
-            model(input_ids=rows["input_ids"][i : i + batch], attention_mask=rows["attention_mask"][i : i + batch]).logits.argmax(-1)
-            for i in range(0, len(rows["labels"]), batch)
-        ]
-    return torch.cat(parts)
-
-
-def some(rows: dict[str, Any], n: int | None) -> dict[str, Any]:
-    return rows if n is None else {k: v[:n] for k, v in rows.items()}
+    here = {key: v.to(args.device) for key, v in train.items()}
+    for row in (r for r in FOLDED if r in args.rows):
+        m = SETTLED[FOLDED[row]]
+        vn.attach(model, vn.use(m, train=True), name=row)
+        out.append({"row": row, "lr": rates[m], **folded(args, model, row, here, dev, test, max(1, steps // AGAIN), seed, rates[m], data["classes"])})
+    found = {row: structure(args, model, m, here, dev, seed) for row, m in own.items()}
+    if "_veneer_state" in model.__dict__:
+        vn.detach(model)
+    if found:
+        raced({r: Candidate(f.pop("plan"), lr=rates[own[r]]) for r, f in found.items()}, found)
+    about = {"kind": "cell", "setting": args.setting, "task": task, "K": k, "seed": seed, "steps": steps, "cell_seconds": round(time.perf_counter() - begin, 1)}
+    return [{**about, **r} for r in out]
 
 
 def steps_of(args: Any, k: int) -> int:
@@ -235,67 +124,8 @@ def steps_of(args: Any, k: int) -> int:
 
 
 # -- running ------------------------------------------------------------------------------------------------------------
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    out = []
-    for line in path.read_text().splitlines():
-        try:
-            out.append(json.loads(line))
-        except ValueError:  # the last line of a run that was cut off
-            continue
-    return out
-
-
-def work(args: Any, jobs: Any, number: int) -> None:
-    """Take jobs until there are none, or until the time is up; write each one's lines as it is finished."""
-    import torch
-
-    torch.set_num_threads(max(1, args.threads))
-    torch.set_float32_matmul_precision("high")
-    while time.time() < args.until:
-        try:
-            kind, *job = jobs.get(timeout=1)
-        except Exception:  # empty
-            return
-        begin = time.perf_counter()
-        try:
-            found = (tune if kind == "tune" else cell)(args, *job)
-        except Exception as e:
-            found = [{"kind": "error", "job": [kind, *map(str, job)], "error": f"{type(e).__name__}: {e}"}]
-        text = "".join(json.dumps(line) + "\n" for line in found)
-        with args.out.open("a") as f:
-            f.write(text)
-        note = f" {found[0]['error']}" if found[0]["kind"] == "error" else ""
-        print(f"[{time.time() - args.began:6.0f} s] worker {number}: {kind} {job[:3]} in {time.perf_counter() - begin:.1f} s{note}", flush=True)
-
-
-def run(args: Any, jobs: list[Any]) -> None:
-    if not jobs:
-        return
-    if args.workers == 1:
-        import queue
-
-        mine: Any = queue.Queue()
-        for job in jobs:
-            mine.put(job)
-        work(args, mine, 0)
-        return
-    import torch.multiprocessing as mp
-
-    context = mp.get_context("spawn")
-    shared = context.Queue()
-    for job in jobs:
-        shared.put(job)
-    workers = [context.Process(target=work, args=(args, shared, i)) for i in range(min(args.workers, len(jobs)))]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
-
-
-def chosen_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """For each method the rate with the best mean dev score over the tasks that were tuned on."""
+def chosen_rates(lines: list[dict[str, Any]]) -> Rates:
+    """For each method the rates with the best mean dev score over the tasks that were tuned on."""
     seen: dict[str, dict[float, list[float]]] = {}
     for x in lines:
         if x["kind"] == "rate":
@@ -303,52 +133,71 @@ def chosen_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {m: max(by, key=lambda lr: statistics.mean(by[lr])) for m, by in seen.items()}
 
 
+def tuned(args: Any, methods: list[str]) -> None:
+    """Race the grids of rates, and write what is best to --rates. Its lines are not of the table."""
+    args.out = args.lines / "tuning.jsonl"
+    done = {(x["task"], x["method"]) for x in lines_of(args.out) if x["kind"] == "rate"}
+    groups = [methods[i : i + 3] for i in range(0, len(methods), 3)]
+    run(tune, args, [(t, g) for g in groups for t in args.tune_tasks if any((t, m) not in done for m in g)])
+    found = chosen_rates(lines_of(args.out))
+    missing = [m for m in methods if m not in found]
+    if missing:
+        raise SystemExit(f"no rates for {', '.join(missing)}: the time was up, or see the errors in {args.out}; the same command goes on")
+    args.rates.write_text(json.dumps({m: found[m] for m in METHODS if m in found}, indent=1) + "\n")
+    print(f"rates in {args.rates}: {json.dumps(found)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--data", type=Path, default=HERE / ".data")
-    parser.add_argument("--out", type=Path, default=HERE / ".out" / "evidence.jsonl")
+    parser.add_argument("--rates", type=Path, default=HERE / "rates.json", help="a rate for each row of plans.py; --tune writes it")
+    parser.add_argument("--lines", type=Path, default=HERE / "lines", help="folder whose *.jsonl say what is done")
+    parser.add_argument("--out", type=Path, help="file to add lines to; default: one in --lines, named after the device and the part")
+    parser.add_argument("--part", type=part_of, default=(1, 1), help="i/n: this process's share of the cells, for one GPU of n")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no new job is begun")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no new cell is begun")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--tune-tasks", nargs="*", default=list(TUNE_TASKS))
+    parser.add_argument("--rows", nargs="*", default=[*METHODS, *SETTLED], help="of the table; a settled or folded one needs its own plan's")
     parser.add_argument("--steps", type=int, help="fewer steps, to try the script")
     parser.add_argument("--dev", type=int, help="fewer dev rows")
-    parser.add_argument("--test", type=int, help="fewer test rows")
-    parser.add_argument("--eval-batch", type=int, default=128)
-    parser.add_argument("--resume", action="store_true", help="go on with the lines that --out holds")
-    parser.add_argument("--report", action="store_true", help="only the table, from the lines that --out holds")
+    parser.add_argument("--test", type=int, default=2000, help="most test rows of a task")
+    parser.add_argument("--wide", type=int, default=1000, help="rows of an evaluation's forward, all candidates together")
+    parser.add_argument("--by", default="layer", help="settle by role or by layer")
+    parser.add_argument("--guide", default="likelihood", help="what settling asks: the dev rows' likelihood, or the outputs")
+    parser.add_argument("--again-rate", type=float, default=0.5, help="of the re-tune of what was folded, as a multiple of the row's own")
+    parser.add_argument("--tune", action="store_true", help="choose the rates, and stop")
+    parser.add_argument("--tune-tasks", nargs="*", default=list(TUNE_TASKS))
+    parser.add_argument("--report", action="store_true", help="only the table, from the lines of --lines")
     args = parser.parse_args()
-    if args.report:
-        from report import report
-
-        print(report(lines_of(args.out)))
-        return
-    if args.out.exists() and not args.resume:
-        raise SystemExit(f"{args.out} exists: --resume goes on with it; else name another --out")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.lines.mkdir(parents=True, exist_ok=True)
     args.began = time.time()
     args.until = args.began + args.budget
-    done = {(x["task"], x["method"]) for x in lines_of(args.out) if x["kind"] == "rate"}
-    pairs = [METHODS[i : i + 2] for i in range(0, len(METHODS), 2)]
-    run(args, [("tune", t, p) for p in pairs for t in args.tune_tasks if any((t, m) not in done for m in p)])
-    rates = chosen_rates(lines_of(args.out))
-    missing = [m for m in METHODS if m not in rates]
-    if missing:
-        raise SystemExit(f"no rates for {', '.join(missing)}: the time was up, or see the errors in {args.out}; --resume goes on")
-    print("rates", json.dumps(rates), flush=True)
-    finished = {(x["task"], x["K"], x["seed"]) for x in lines_of(args.out) if x["kind"] == "cell" and x["row"] == "settled"}
-    # seeds outermost, so that what a cut-off run has is whole seeds
-    jobs = [("cell", t, k, s, rates) for s in args.seeds for k in sorted(args.sizes, reverse=True) for t in args.tasks if (t, k, s) not in finished]
-    run(args, jobs)
+    methods = [m for m in METHODS if m in args.rows]
+    if args.tune:
+        tuned(args, methods)
+        return
+    rates = json.loads(args.rates.read_text())
+    steps = {str(k): args.steps or n for k, n in STEPS.items()}
+    setting = setting_of(
+        protocol=PROTOCOL, steps=steps, batch=BATCH, dev=args.dev, test=args.test, rates=rates, head=HEAD, by=args.by, guide=args.guide, again=args.again_rate
+    )  # fmt: skip
+    args.setting = setting["setting"]
+    if not args.report:
+        args.out = args.out or args.lines / f"{args.device.partition(':')[0]}-{args.part[0]}of{args.part[1]}.jsonl"
+        # seeds outermost, so that what a cut-off run has is whole seeds
+        cells = [(t, k, s) for s in args.seeds for k in sorted(args.sizes, reverse=True) for t in args.tasks]
+        jobs = todo(cells, args.rows, lines_of(args.lines, args.out), args.setting, args.part)
+        print(f"setting {args.setting}, part {args.part[0]} of {args.part[1]}: {len(jobs)} cells to do, {len(cells)} in the grid", flush=True)
+        if jobs and setting not in lines_of(args.out):
+            write(args.out, [setting])
+        run(cell, args, [(*c, rates) for c in jobs])
     from report import report
 
-    text = report(lines_of(args.out))
-    args.out.with_suffix(".md").write_text(text + "\n")
-    print(text)
+    print(report(lines_of(args.lines, *([args.out] if args.out else [])), args.setting))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from veneer.files import write_whole
 from veneer.select import budget, choose, measure
 from veneer.select.data import make
 from veneer.select.fit import Job, Worker
-from veneer.select.search import Search, rungs_of
+from veneer.select.search import Search, generation_of, rungs_of
 from veneer.select.space import Candidate, Space
 
 
@@ -57,11 +57,11 @@ def one(run: Cached, worker: Worker, candidate: Candidate) -> float | None:
 def ours(space: Space, worker: Worker, run: Cached, cost: float, seed: int, rungs: list[float], starts: bool = True) -> list[tuple[float, float]]:
     each = sum(share * math.ceil(9 / 3**i) for i, share in enumerate(rungs))
     trials = int(9 * cost / each)
-    search = Search(space, budget.Budget(trials=trials), worker, run, {}, rungs=rungs, seed=seed, starts=starts)
+    search = Search(space, budget.Budget(trials=trials), worker, run, {}, rungs=rungs, generation=generation_of(rungs, True), seed=seed, starts=starts)
     return [(t.score, math.log10(t.objectives["parameters"])) for t in choose.full(search.run())]
 
 
-def plain(space: Space, worker: Worker, run: Cached, cost: float, seed: int, sampler: Any) -> list[tuple[float, float]]:
+def plain(space: Space, worker: Worker, run: Cached, cost: float, seed: int, sampler: Any, ceiling: float) -> list[tuple[float, float]]:
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler(seed=seed))
     found: list[tuple[float, float]] = []
     while len(found) < cost:
@@ -71,10 +71,13 @@ def plain(space: Space, worker: Worker, run: Cached, cost: float, seed: int, sam
             return trial.suggest_int(name, 0, len(options) - 1) if ordered else trial.suggest_categorical(name, list(range(len(options))))
 
         candidate = space.draw(pick)
-        score = None if candidate is None else one(run, worker, candidate)
-        if candidate is None or score is None:
+        if candidate is None:  # told as the worst of the space: of a failure TPE learns nothing, and with seed 1 it asked for the empty plan for ever
+            study.tell(trial, (0.0, ceiling))
+            continue
+        score = one(run, worker, candidate)
+        if score is None:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            found += [] if candidate is None else [(0.0, math.inf)]
+            found.append((0.0, math.inf))
             continue
         found.append((score, math.log10(measure.count(worker.model, candidate.plan))))
         study.tell(trial, found[-1])
@@ -107,8 +110,8 @@ def main() -> None:
     print(f"{space.size:,} candidates, {args.steps} steps each, {args.cost} trainings an arm, reference {reference[0]:.3f}, 10^{reference[1]:.2f}; {device}")
     run = Cached(args.cache)
     arms = {
-        "random": lambda seed: plain(space, worker, run, args.cost, seed, optuna.samplers.RandomSampler),
-        "plain TPE": lambda seed: plain(space, worker, run, args.cost, seed, optuna.samplers.TPESampler),
+        "random": lambda seed: plain(space, worker, run, args.cost, seed, optuna.samplers.RandomSampler, reference[1]),
+        "plain TPE": lambda seed: plain(space, worker, run, args.cost, seed, optuna.samplers.TPESampler, reference[1]),
         "ours": lambda seed: ours(space, worker, run, args.cost, seed, rungs_of(args.steps)),
         "ours, in full": lambda seed: ours(space, worker, run, args.cost, seed, [1.0]),
         "ours, no starts": lambda seed: ours(space, worker, run, args.cost, seed, rungs_of(args.steps), False),

@@ -5,34 +5,152 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from evidence import LIGHT, METHODS, ROWS, SINGLE
+from plans import FOLDED, HEAD, LIGHT, METHODS, OURS, ROWS, SETTLED, SINGLE
 
-RUNGS = ((1 / 8, 4), (1 / 4, 2), (1 / 2, 1))
+RUNGS = ((1 / 8, 4), (1 / 4, 2))  # of race(halving=2, finalists=2) with eight candidates
+Cells = dict[tuple[str, int, int], dict[str, dict[str, Any]]]
 
 
 def select(rows: dict[str, dict[str, Any]]) -> tuple[str, float]:
     """The plan that successive halving over the light plans ends with, by dev scores, and its cost in runs of one."""
     steps = rows[LIGHT[0]]["steps"]
     alive, cost, at = list(LIGHT), 0.0, 0.0
+
+    def score(m: str, share: float) -> float:
+        return max((s for step, s in rows[m]["scores"] if step <= share * steps + 0.5), default=-1.0)
+
     for share, left in RUNGS:
         cost += len(alive) * (share - at)
         at = share
-
-        def score(m: str, share: float = share) -> float:
-            return max((s for step, s in rows[m]["scores"] if step <= share * steps + 0.5), default=-1.0)
-
-        alive = sorted(alive, key=score, reverse=True)[:left]
-    return alive[0], cost + len(alive) * (1 - at)
+        alive = sorted(alive, key=lambda m: score(m, share), reverse=True)[:left]
+    return max(alive, key=lambda m: score(m, 1.0)), cost + len(alive) * (1 - at)
 
 
-def report(lines: list[dict[str, Any]]) -> str:
-    cells: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
+def cells_of(lines: list[dict[str, Any]], setting: str) -> Cells:
+    cells: Cells = {}
     for x in lines:
-        if x["kind"] == "cell":
+        if x["kind"] == "cell" and x["setting"] == setting:
             cells.setdefault((x["task"], x["K"], x["seed"]), {})[x["row"]] = x
-    cells = {key: rows for key, rows in cells.items() if all(m in rows for m in (*METHODS, "settled"))}
+    return {key: rows for key, rows in cells.items() if all(m in rows for m in (*METHODS, *SETTLED))}
+
+
+class Table:
+    """Means over seeds, tasks and sizes."""
+
+    def __init__(self, cells: Cells) -> None:
+        self.cells = cells
+        self.tasks = list(dict.fromkeys(t for t, _, _ in cells))
+        self.sizes = sorted({k for _, k, _ in cells})
+
+    def values(self, row: str, k: int, task: str) -> list[float]:
+        return [100 * rows[row]["accuracy"] for (t, kk, _), rows in sorted(self.cells.items()) if t == task and kk == k and row in rows]
+
+    def mean(self, row: str, k: int) -> float:
+        return statistics.mean(statistics.mean(v) for t in self.tasks if (v := self.values(row, k, t)))
+
+    def error(self, a: str, b: str, sizes: list[int]) -> float:
+        """Standard error of the mean difference of two rows, paired by cell."""
+        d = [100 * (rows[a]["accuracy"] - rows[b]["accuracy"]) for (_, k, _), rows in self.cells.items() if k in sizes and a in rows and b in rows]
+        return statistics.stdev(d) / len(d) ** 0.5 if len(d) > 1 else float("nan")
+
+    def best_of_each(self, rows: tuple[str, ...], k: int) -> float:
+        return statistics.mean(max(statistics.mean(self.values(m, k, t)) for m in rows) for t in self.tasks)
+
+    def over(self, what: Any, sizes: list[int]) -> float:
+        return statistics.mean(what(k) for k in sizes)
+
+    def unseen(self, sizes: list[int]) -> list[float]:
+        """By how much 'selected' is ahead of the light plan that was best for the task on the other seeds, cell by cell: a hindsight
+        that the cell's own test rows had no part in."""
+        out = []
+        for (task, k, seed), rows in self.cells.items():
+            others = [r for (t, kk, s), r in self.cells.items() if (t, kk) == (task, k) and s != seed]
+            if k in sizes and others:
+                best = max(LIGHT, key=lambda m, o=others: sum(r[m]["accuracy"] for r in o))
+                out.append(100 * (rows["selected"]["accuracy"] - rows[best]["accuracy"]))
+        return out
+
+    def table(self, k: int) -> list[str]:
+        out = [f"### K = {k}", "", "| | " + " | ".join(self.tasks) + " | mean | trained |", "|---|" + "---|" * (len(self.tasks) + 2)]
+        for row in ROWS:
+            if not any(row in rows for (_, kk, _), rows in self.cells.items() if kk == k):
+                continue
+            shown = []
+            for t in self.tasks:
+                v = self.values(row, k, t)
+                shown.append("-" if not v else f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" if len(v) > 1 else f"{v[0]:.1f}")
+            count = statistics.mean(rows[row]["parameters"] for (_, kk, _), rows in self.cells.items() if kk == k and row in rows)
+            out.append(f"| {row} | " + " | ".join(shown) + f" | {self.mean(row, k):.1f} | {count:,.0f} |")
+        return [*out, ""]
+
+
+def claims(t: Table, costs: list[float]) -> list[str]:
+    out = ["| claim | " + " | ".join(f"K = {k}" for k in t.sizes) + " | all | |", "|---|" + "---|" * (len(t.sizes) + 2)]
+    groups = [[k] for k in t.sizes] + [t.sizes]
+
+    def line(text: str, value: Any, holds: Any, rows: tuple[str, str] | None = None) -> None:
+        found = [value(ks) for ks in groups]
+        shown = [f"{v:+.2f}" + (f" ± {t.error(*rows, ks):.2f}" if rows else "") for v, ks in zip(found, groups, strict=True)]
+        verdict = "" if holds is None else "holds" if all(map(holds, found)) else "holds over all" if holds(found[-1]) else "fails"
+        out.append(f"| {text} | " + " | ".join(shown) + f" | {verdict} |")
+
+    best = max(SINGLE, key=lambda m: t.over(lambda k: t.mean(m, k), t.sizes))
+    for row in (OURS, "unipelt-apl", "unipelt-ap"):
+        line(f"{row} less the best single method on average ({best})", lambda ks, r=row: t.over(lambda k: t.mean(r, k) - t.mean(best, k), ks),
+             lambda v: v >= 0, (row, best))  # fmt: skip
+    line(f"{OURS} less the best single method at that K", lambda ks: t.over(lambda k: t.mean(OURS, k) - max(t.mean(m, k) for m in SINGLE), ks), None)
+    line(f"{OURS} less the best single method of each task", lambda ks: t.over(lambda k: t.mean(OURS, k) - t.best_of_each(SINGLE, k), ks), None)
+    line(f"{OURS} less full fine-tuning", lambda ks: t.over(lambda k: t.mean(OURS, k) - t.mean("full", k), ks), None, (OURS, "full"))
+    for row, whole in SETTLED.items():
+        share = statistics.mean((r["parameters"] - r["head"]) / (r["before"] - r["head"]) for rows in t.cells.values() if (r := rows[row]))
+        line(f"{row} less {whole}, at {share:.2f} of its parameters", lambda ks, r=row, w=whole: t.over(lambda k: t.mean(r, k) - t.mean(w, k), ks),
+             lambda v, s=share: v >= -0.3 and s <= 0.5, (row, whole))  # fmt: skip
+    for row, twin in FOLDED.items():
+        if all(row in rows for rows in t.cells.values()):
+            line(f"{row} less {twin}", lambda ks, r=row, w=twin: t.over(lambda k: t.mean(r, k) - t.mean(w, k), ks), None, (row, twin))
+    cost = statistics.mean(costs)
+    line(f"selected less the best plan of each task in hindsight, at {cost:.2f} runs' cost",
+         lambda ks: t.over(lambda k: t.mean("selected", k) - t.best_of_each(LIGHT, k), ks), lambda v: v >= -0.3)  # fmt: skip
+    if all(t.unseen([k]) for k in t.sizes):
+        line("selected less the plan of each task that was best on the other seeds", lambda ks: statistics.mean(t.unseen(ks)), None)
+    fixed = max(LIGHT, key=lambda m: t.over(lambda k: t.mean(m, k), t.sizes))
+    line(f"selected less the best plan for all tasks in hindsight ({fixed})", lambda ks: t.over(lambda k: t.mean("selected", k) - t.mean(fixed, k), ks),
+         None, ("selected", fixed))  # fmt: skip
+    return [*out, ""]
+
+
+def parts(cells: Cells) -> list[str]:
+    """What the gates and the ablation say of the parts."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    each = []
+    for rows in cells.values():
+        own = rows["settled"]["parts"]
+        for method, module, _, numbers, mean, loss, kept in own:
+            groups.setdefault((method, module), []).append((numbers, mean, loss, kept))
+        gate, loss = [p[4] for p in own], [p[5] for p in own]
+        if len(set(gate)) > 1 and len(set(loss)) > 1:
+            each.append(statistics.correlation(ranks(gate), ranks(loss)))
+    out = [f"| part of {OURS} | numbers in a layer | mean gate | dev nats lost without one layer's | kept |", "|---|---|---|---|---|"]
+    for (method, module), v in groups.items():
+        numbers, mean, loss, kept = (statistics.mean(x) for x in zip(*v, strict=True))
+        out.append(f"| {method} {module} | {numbers:,.0f} | {mean:.3f} | {loss:+.4f} | {100 * kept:.0f}% |")
+    shown = f"{statistics.mean(each):+.2f} (mean of {len(each)} cells)" if each else "all gates or losses are alike"
+    return [*out, "", f"Rank correlation, within a cell, of a part's gate with what its removal costs: {shown}"]
+
+
+def ranks(values: list[float]) -> list[float]:
+    order = sorted(values)
+    return [order.index(v) + (order.count(v) - 1) / 2 for v in values]
+
+
+def report(lines: list[dict[str, Any]], setting: str) -> str:
+    cells = cells_of(lines, setting)
+    others = {x["setting"] for x in lines if x["kind"] == "cell"} - {setting}
+    left = f" Lines of other settings ({', '.join(sorted(others))}) are left out." if others else ""
+    failed = sum(x["kind"] == "error" for x in lines)
+    left += f" {failed} cells ended in an error, which the lines say." if failed else ""
     if not cells:
-        return "no cell is finished"
+        return f"no cell of setting {setting} is finished.{left}"
     picks: dict[str, int] = {}
     costs = []
     for rows in cells.values():
@@ -40,61 +158,16 @@ def report(lines: list[dict[str, Any]]) -> str:
         rows["selected"] = rows[pick] | {"row": "selected"}
         picks[pick] = picks.get(pick, 0) + 1
         costs.append(cost)
-    tasks = list(dict.fromkeys(t for t, _, _ in cells))
-    sizes = sorted({k for _, k, _ in cells})
-    seeds = {s for _, _, s in cells}
-
-    def values(row: str, k: int, task: str) -> list[float]:
-        return [100 * rows[row]["accuracy"] for (t, kk, _), rows in sorted(cells.items()) if t == task and kk == k]
-
-    def mean(row: str, k: int) -> float:
-        return statistics.mean(statistics.mean(v) for t in tasks if (v := values(row, k, t)))
-
-    out = [f"Test accuracy, mean ± standard deviation over {len(seeds)} seeds; {len(cells)} cells.", ""]
-    for k in sizes:
-        out += [f"### K = {k}", "", "| | " + " | ".join(tasks) + " | mean | trained |", "|---|" + "---|" * (len(tasks) + 2)]
-        for row in ROWS:
-            shown = []
-            for t in tasks:
-                v = values(row, k, t)
-                shown.append("-" if not v else f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" if len(v) > 1 else f"{v[0]:.1f}")
-            count = statistics.mean(rows[row]["parameters"] for (_, kk, _), rows in cells.items() if kk == k)
-            out.append(f"| {row} | " + " | ".join(shown) + f" | {mean(row, k):.1f} | {count:,.0f} |")
-        out.append("")
-    out += ["### The claims", ""]
-    for k in sizes:
-        best = max(SINGLE, key=lambda m: mean(m, k))
-        per_task = statistics.mean(max(statistics.mean(values(m, k, t)) for m in SINGLE) for t in tasks)
-        for gated in ("unipelt-ap", "unipelt-apl"):
-            d = mean(gated, k) - mean(best, k)
-            full = mean(gated, k) - mean("full", k)
-            out.append(
-                f"- K={k}: {gated} against the best single method on average ({best}): {d:+.2f} points: {'holds' if d >= 0 else 'fails'}; "
-                f"against the best single method of each task: {mean(gated, k) - per_task:+.2f}; against full: {full:+.2f}"
-            )
-        lost = mean("unipelt-apl", k) - mean("settled", k)
-        here = [rows["settled"] for (_, kk, _), rows in cells.items() if kk == k]
-        part = statistics.mean((x["parameters"] - x["head"]) / (x["before"] - x["head"]) for x in here)
-        verdict = "holds" if lost <= 0.3 and part <= 0.5 else "fails"
-        out.append(f"- K={k}: settled loses {lost:+.2f} points of unipelt-apl, at {part:.2f} of its parameters (head left out): {verdict}")
-        hindsight = max(LIGHT, key=lambda m: mean(m, k))
-        each = statistics.mean(max(statistics.mean(values(m, k, t)) for m in LIGHT) for t in tasks)
-        gap = each - mean("selected", k)
-        average = mean(hindsight, k) - mean("selected", k)
-        out.append(
-            f"- K={k}: selected is {gap:+.2f} points below the best plan of each task in hindsight, {average:+.2f} below the best plan on average "
-            f"({hindsight}), at {statistics.mean(costs):.2f} runs' cost: {'holds' if gap <= 0.3 else 'fails'}"
-        )
-    out += ["", "Picked: " + ", ".join(f"{m} {n}" for m, n in sorted(picks.items(), key=lambda x: -x[1]))]
-    gates: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for rows in cells.values():
-        for p in rows["settled"]["parts"]:
-            gates.setdefault((p["method"], p["module"]), []).append((p["mean"], p["loss"]))
-    out += ["", "| part of unipelt-apl | mean gate | dev points lost without it |", "|---|---|---|"]
-    for (method, module), v in gates.items():
-        out.append(f"| {method} {module} | {statistics.mean(a for a, _ in v):.3f} | {100 * statistics.mean(b for _, b in v):+.2f} |")
-    if len(gates) > 1:
-        pairs = [(p["mean"], p["loss"]) for rows in cells.values() for p in rows["settled"]["parts"]]
-        if len({a for a, _ in pairs}) > 1 and len({b for _, b in pairs}) > 1:
-            out += ["", f"Correlation of a part's mean gate with what its removal costs: {statistics.correlation(*zip(*pairs, strict=True)):+.2f}"]
+    t = Table(cells)
+    seconds = sum(rows["full"]["cell_seconds"] for rows in cells.values())
+    out = [
+        f"Test accuracy, mean ± standard deviation over {len({s for *_, s in cells})} seeds; {len(cells)} cells, {seconds / len(cells):.0f} s of a process "
+        f"each.{left}", "",
+    ]  # fmt: skip
+    rates = {m: rows[m]["lr"] for rows in cells.values() for m in METHODS}
+    for k in t.sizes:
+        out += t.table(k)
+    out += ["### The claims", "", *claims(t, costs)]
+    out += ["Rates: " + ", ".join(f"{m} {lr:g}" for m, lr in rates.items()) + f"; of the fresh head {HEAD:g}", ""]
+    out += ["Picked: " + ", ".join(f"{m} {n}" for m, n in sorted(picks.items(), key=lambda x: -x[1])), "", *parts(cells)]
     return "\n".join(out)
