@@ -99,7 +99,8 @@ def _parameter(p: Any) -> Iterator[str]:
 
 
 def _clean(text: str) -> str:
-    return (text or "").strip().replace("|", "\\|")
+    """Text for a table's cell: no bar ends it, and no brace is taken for attributes."""
+    return (text or "").strip().replace("|", "\\|").replace("{", "&#123;")
 
 
 def configuration() -> str:
