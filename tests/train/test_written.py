@@ -18,7 +18,8 @@ from veneer.train.written import Written
 
 @pytest.mark.parametrize("name", ["text_to_text", "chat", "dpo"])
 def test_answers_are_scored_at_each_evaluation_and_change_nothing_else(tmp_path, small, name):
-    same = {"checkpoint_every": 1, "max_steps": 2, "eval_batch_size": 2, "best_metric": "loss"}
+    # in fp32: bf16 in training would round answers of a random base, whose words are near one another, otherwise than Predictor does
+    same = {"checkpoint_every": 1, "max_steps": 2, "eval_batch_size": 2, "best_metric": "loss", "bf16": False}
     plain = run(make_config(example(name, *small, tmp_path / "plain", **same)), quiet=True)
     result = run(make_config(example(name, *small, tmp_path / "run", **same, eval_generate=5, max_new_tokens=4)), quiet=True)
     # what is written changes nothing of what is learnt
