@@ -21,6 +21,7 @@ arms   floor          the frozen base with compiled layers and the fused loss, g
        floor-fp8      the floor, with the frozen base in fp8
        veneer-low     veneer.optimize(memory="low"); veneer-low-fp8 with both; veneer-half: memory=0.5
        liger-peft     PEFT on a model with Liger's kernels and loss; liger-peft-bf16 with its adapter weights in bf16
+       unsloth        Unsloth's LoRA, with no checkpointing; unsloth-low with its offloaded one (--packages: its unpacked wheels)
 A name may carry another method, rank or dropout: veneer:ia3, peft:ia3, veneer:lora@r=64, peft:lora@dropout=0.05, …. BitFit's base has biases,
 and floor:bitfit is the floor for it.
 
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from arms import compete, report, serve, table, versions
+from unsloth_arm import prepare, unsloth, written
 
 SIZES = {  # hidden, inner, layers, heads, kv heads, head width, words, batch, tokens
     "1b": (2048, 8192, 16, 32, 8, 64, 128256, 8, 1024),
@@ -122,11 +124,13 @@ class Floor:
 
 def build(a: argparse.Namespace, planner: Any = None) -> tuple[Any, Any]:
     """The model of one arm, and its optimiser (None for the floor). With a `planner` in the compiler's place it is not for running."""
+    arm, method, r, dropout = meaning(a.arm, a)
+    d, inner, n, heads, kv, width, words, _, length = SIZES[a.size]
+    peer = prepare(a.packages) if arm.startswith("unsloth") else None  # before transformers
+
     import torch
     import transformers
 
-    arm, method, r, dropout = meaning(a.arm, a)
-    d, inner, n, heads, kv, width, words, _, length = SIZES[a.size]
     config = transformers.LlamaConfig(
         hidden_size=d, intermediate_size=inner, num_hidden_layers=n, num_attention_heads=heads, num_key_value_heads=kv, head_dim=width,
         vocab_size=words, max_position_embeddings=max(2048, length), tie_word_embeddings=False, use_cache=False,
@@ -138,13 +142,21 @@ def build(a: argparse.Namespace, planner: Any = None) -> tuple[Any, Any]:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()  # its defaults: rope, norms, SwiGLU, and the loss without logits
-    with torch.device(a.device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        model = transformers.LlamaForCausalLM(config)
-        torch.set_default_dtype(before)
-    model.train()
+
+    def base() -> Any:
+        with torch.device(a.device):
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                return transformers.LlamaForCausalLM(config).train()
+            finally:
+                torch.set_default_dtype(before)
+
     on_gpu = a.device != "cpu"
+    if peer is not None:
+        model = unsloth(peer, written(base, a.size), arm, r, dropout, length)
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=on_gpu)
+    model = base()
     compiler = {} if planner is None else {"backend": planner}
     compile = {"fullgraph": True, **compiler} if on_gpu or a.compile else None
     if arm.startswith("floor"):
@@ -217,6 +229,7 @@ def main() -> None:
     p.add_argument("--memory", type=float, default=70, help="GiB of the card that arms running side by side may take")
     p.add_argument("--seconds", type=float, default=None, help="end whatever still runs after these, and report what there is")
     p.add_argument("--out", default=os.environ.get("OUT", "results"))
+    p.add_argument("--packages", default="", help="folder of unpacked wheels that the unsloth arms import")
     p.add_argument("--estimate", action="store_true", help="print the arms' estimated memory instead of running them")
     p.add_argument("--report", nargs="+", default=None, metavar="FILE", help="print a table of these files' lines instead of running")
     p.add_argument("--arm", default=None, help=argparse.SUPPRESS)
@@ -234,9 +247,9 @@ def main() -> None:
             keep = [v for k in ("size", "method", "r", "dropout", "threads") for v in (f"--{k}", str(getattr(a, k)))]
             subprocess.run([sys.executable, __file__, *keep, "--estimate", "--arm", name])
         return None
-    keep = ("size", "method", "r", "dropout", "device", "steps", "warmup", "threads")
+    keep = ("size", "method", "r", "dropout", "device", "steps", "warmup", "threads", "packages")
     argv = [v for k in keep for v in (f"--{k}", str(getattr(a, k)))] + (["--compile"] if a.compile else [])
-    info = {"benchmark": "train_step", **{k: getattr(a, k) for k in keep}, **versions(a.device)}
+    info = {"benchmark": "train_step", **{k: getattr(a, k) for k in keep if k != "packages"}, **versions(a.device)}
     names = a.arms.split(",")
     done = compete(groups(names, a), argv, info, Path(a.out), f"train_step_{a.size}_{a.method}", a.blocks, a.profile.split(","), a.seconds)
     table(done, names, info)
