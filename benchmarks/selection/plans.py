@@ -21,8 +21,9 @@ SINGLE = ("bitfit", "bottleneck", "prefix", "lora", "ia3")
 LIGHT = METHODS[1:]
 OURS = "gated"
 SETTLED = {"settled": "gated", "settled-apl": "unipelt-apl"}
+CALIBRATED = {"calibrated": "gated"}  # settled as those are, by another guide
 FOLDED = {"folded": "settled", "folded-apl": "settled-apl"}
-ROWS = (*METHODS, *SETTLED, *FOLDED, "selected")
+ROWS = (*METHODS, *SETTLED, *CALIBRATED, *FOLDED, "selected")
 
 
 def plan_of(row: str, lr: float) -> Any:

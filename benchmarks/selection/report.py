@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from plans import FOLDED, HEAD, LIGHT, METHODS, OURS, ROWS, SETTLED, SINGLE
+from plans import CALIBRATED, FOLDED, HEAD, LIGHT, METHODS, OURS, ROWS, SETTLED, SINGLE
 
 RUNGS = ((1 / 8, 4), (1 / 4, 2))  # of race(halving=2, finalists=2) with eight candidates
 Cells = dict[tuple[str, int, int], dict[str, dict[str, Any]]]
@@ -30,7 +30,7 @@ def cells_of(lines: list[dict[str, Any]], setting: str) -> Cells:
     cells: Cells = {}
     for x in lines:
         if x["kind"] == "cell" and x["setting"] == setting:
-            cells.setdefault((x["task"], x["K"], x["seed"]), {})[x["row"]] = x
+            cells.setdefault((x["task"], x["K"], x["seed"]), {}).setdefault(x["row"], x)  # a row may be run again for another that needs it
     return {key: rows for key, rows in cells.items() if all(m in rows for m in (*METHODS, *SETTLED))}
 
 
@@ -101,7 +101,9 @@ def claims(t: Table, costs: list[float]) -> list[str]:
     line(f"{OURS} less the best single method at that K", lambda ks: t.over(lambda k: t.mean(OURS, k) - max(t.mean(m, k) for m in SINGLE), ks), None)
     line(f"{OURS} less the best single method of each task", lambda ks: t.over(lambda k: t.mean(OURS, k) - t.best_of_each(SINGLE, k), ks), None)
     line(f"{OURS} less full fine-tuning", lambda ks: t.over(lambda k: t.mean(OURS, k) - t.mean("full", k), ks), None, (OURS, "full"))
-    for row, whole in SETTLED.items():
+    for row, whole in {**SETTLED, **CALIBRATED}.items():
+        if not all(row in rows for rows in t.cells.values()):
+            continue
         share = statistics.mean((r["parameters"] - r["head"]) / (r["before"] - r["head"]) for rows in t.cells.values() if (r := rows[row]))
         line(f"{row} less {whole}, at {share:.2f} of its parameters", lambda ks, r=row, w=whole: t.over(lambda k: t.mean(r, k) - t.mean(w, k), ks),
              lambda v, s=share: v >= -0.3 and s <= 0.5, (row, whole))  # fmt: skip

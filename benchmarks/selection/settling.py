@@ -15,8 +15,12 @@ def for_gates(train: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v[i : i + 64] for k, v in rows.items()} for i in range(0, len(rows["input_ids"]), 64)]
 
 
-def likelihood(dev: dict[str, Any], wide: int) -> Any:
-    """model -> log-likelihood of each dev row."""
+def likelihood(dev: dict[str, Any], wide: int, calibrated: bool) -> Any:
+    """model -> log-likelihood of each dev row.
+
+    calibrated  of the logits over the temperature at which the rows are likeliest, anew for each model. A trained model that says
+                too much gains likelihood from losing any part, useful or not; this way that gain is the temperature's.
+    """
     import torch
 
     own = list(batches(dev, wide))
@@ -24,16 +28,19 @@ def likelihood(dev: dict[str, Any], wide: int) -> Any:
     def score(model: Any) -> list[float]:
         model.eval()
         with torch.no_grad():
-            found = [
-                -torch.nn.functional.cross_entropy(model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits, b["labels"], reduction="none")
-                for b in own
-            ]
-        return torch.cat(found).tolist()
+            logits = torch.cat([model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits for b in own]).double()
+            labels = torch.cat([b["labels"] for b in own])
+            warmth = torch.logspace(-1, 1, 81, dtype=torch.float64).tolist() if calibrated else [1.0]
+            return min((torch.nn.functional.cross_entropy(logits / t, labels, reduction="none") for t in warmth), key=lambda x: float(x.mean())).neg().tolist()
 
     return score
 
 
-def structure(args: Any, model: Any, name: str, train: dict[str, Any], dev: dict[str, Any], seed: int) -> dict[str, Any]:
+def guided(args: Any, dev: dict[str, Any], guide: str) -> Any:
+    return guide if guide == "outputs" else likelihood(dev, args.wide, guide == "calibrated")
+
+
+def structure(args: Any, model: Any, name: str, train: dict[str, Any], dev: dict[str, Any], seed: int, guide: str) -> dict[str, Any]:
     """The plan of vn.settle(..., rewind=True) for the adapter `name`, which is taken off. It is left to the race to train it from the
     start that settle gives it, so `retune` does nothing here (tests/test_rewind.py: the two are the same)."""
     import veneer as vn
@@ -41,11 +48,21 @@ def structure(args: Any, model: Any, name: str, train: dict[str, Any], dev: dict
     begin = time.perf_counter()
     vn.activate(model, name)
     head = sum(p.numel() for part in vn.Adapter(model, name).parts if part.gate is None for p in part.parameters())
-    score = likelihood(dev, args.wide) if args.guide == "likelihood" else args.guide
-    found = vn.settle(model, for_gates(train), keep=HALF, by=args.by, name=name, score=score, rewind=True, seed=seed, retune=lambda m: 0)
+    found = vn.settle(model, for_gates(train), keep=HALF, by=args.by, name=name, score=guided(args, dev, guide), rewind=True, seed=seed, retune=lambda m: 0)
     vn.detach(model, name)
     about = {"parts": kept_of(found), "before": found.before, "head": head, "scored": found.scored}
     return {"plan": found.plan, **about, "ablation_seconds": round(time.perf_counter() - begin, 1)}
+
+
+def copied(model: Any, name: str, new: str) -> None:
+    """A second adapter with the plan and the values of `name`."""
+    import tempfile
+
+    import veneer as vn
+
+    with tempfile.TemporaryDirectory() as folder:
+        vn.save(model, folder, name=name)
+        vn.load(model, folder, name=new)
 
 
 def kept_of(found: Any) -> list[list[Any]]:
@@ -94,8 +111,7 @@ def folded(
         m.eval()
 
     vn.activate(model, name)
-    score = likelihood(dev, args.wide) if args.guide == "likelihood" else args.guide
-    found = vn.settle(model, for_gates(train), keep=HALF, by=args.by, name=name, score=score, retune=again)
+    found = vn.settle(model, for_gates(train), keep=HALF, by=args.by, name=name, score=guided(args, dev, args.guide), retune=again)
     out = {**measures(predict_active(model, test, args.wide), test["labels"], classes), "dev": max(scores), "parameters": found.after, "again": found.steps}
     vn.detach(model, name)
     return out

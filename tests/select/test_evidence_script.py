@@ -66,11 +66,11 @@ def test_parts_add_up_and_what_was_cut_off_is_done_again(
     first = [json.loads(x) for x in (lines / "cpu-1of2.jsonl").read_text().splitlines()]
     cells = [x for x in first if x["kind"] == "cell"]
     assert first[0]["kind"] == "setting" and first[0]["test"] == 20 and {x["setting"] for x in first} == {first[0]["setting"]}
-    assert [x["row"] for x in cells] == [*script.METHODS, "settled", "settled-apl"] and {x["seed"] for x in cells} == {0}
+    assert [x["row"] for x in cells] == [*script.METHODS, "settled", "settled-apl", "calibrated"] and {x["seed"] for x in cells} == {0}
     assert all(len(x["scores"]) == 8 and x["steps"] == 8 for x in cells)
     rates = json.loads((HERE / "rates.json").read_text())
     assert {x["row"]: x["lr"] for x in cells if x["row"] in rates} == rates
-    settled = cells[-2]
+    settled = cells[-3]
     kept = sum(p[3] for p in settled["parts"] if p[6])
     assert kept <= 0.5 * sum(p[3] for p in settled["parts"]) and settled["parameters"] == kept + settled["head"] and settled["scored"] == 1 + 7
 
@@ -80,7 +80,7 @@ def test_parts_add_up_and_what_was_cut_off_is_done_again(
     run(script, monkeypatch, *common)  # the whole grid: nothing is left of it
     assert "0 cells to do" in capsys.readouterr().out and not (lines / "cpu-1of1.jsonl").exists()
 
-    (lines / "cpu-2of2.jsonl").write_text(whole[:-300])  # killed while it wrote
+    (lines / "cpu-2of2.jsonl").write_text("\n".join(whole.splitlines()[:-1])[:-300])  # killed while it wrote
     run(script, monkeypatch, *common, "--report")
     assert "; 1 cells," in capsys.readouterr().out
     run(script, monkeypatch, *common, "--part", "2/2")
