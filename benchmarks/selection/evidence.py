@@ -12,10 +12,11 @@ best mean score on dev rows is the row's everywhere, and stands in rates.json. T
 
 Rows. Of plans.py: full, five single methods, UniPELT's two, and ours; each with a fresh head. 'settled' is ours after
 vn.settle(keep=0.5, by='layer', score=log-likelihood of the dev rows, rewind=True), trained for as many steps as every other row;
-'settled-apl' is UniPELT's in the same way; 'calibrated' is 'settled' with the likelihood taken at its best temperature (settling.py);
-'folded' and 'folded-apl' (only with --rows) keep the trained numbers, with a re-tune of a quarter of the steps. 'selected' is successive
-halving over the light plans on dev scores with two finalists. A race gives each candidate the weights it has alone, so which one it
-picks and what that scores follow from the recorded scores, and its cost (3 runs) from the rungs.
+'settled-apl' is UniPELT's in the same way. Only with --rows: 'calibrated' is 'settled' with the likelihood taken at its best temperature
+(settling.py), and 'by-role' so, with whole roles for groups, by='role'; 'folded' and 'folded-apl' keep the trained numbers, with a
+re-tune of a quarter of the steps. 'selected' is successive halving over the light plans on dev scores with two finalists. A race gives
+each candidate the weights it has alone, so which one it picks and what that scores follow from the recorded scores, and its cost
+(3 runs) from the rungs.
 
 A finished cell is one write to a file of --lines, a folder that git keeps: what any file there holds is not done again, so a run that was cut
 off, another GPU's part and another day's session add up. Lines of other settings (fewer steps or rows, other rates) are never mixed in.
@@ -32,7 +33,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plans import CALIBRATED, FOLDED, GRID, HEAD, METHODS, SETTLED, plan_of
+from plans import FOLDED, GRID, HEAD, METHODS, SETTLED, VARIANTS, plan_of
 from running import lines_of, part_of, run, setting_of, todo, write
 from settling import copied, folded, structure
 from tasks import TASKS, base_of, data_of, measures, predict, sample, shortest_first, some
@@ -102,7 +103,8 @@ def cell(args: Any, task: str, k: int, seed: int, rates: Rates) -> list[dict[str
 
     methods = [m for m in METHODS if m in args.rows]
     raced({m: Candidate(plan_of(m, rates[m]), lr=rates[m]) for m in methods}, {})
-    own = {row: m for row, m in {**SETTLED, **CALIBRATED}.items() if row in args.rows}
+    ways = {row: (m, args.guide, args.by) for row, m in SETTLED.items()} | VARIANTS
+    own = {row: ways[row][0] for row in ways if row in args.rows}
     for m in methods:
         if m not in {**own, **{r: SETTLED[x] for r, x in FOLDED.items() if r in args.rows}}.values():
             vn.detach(model, m)
@@ -111,12 +113,9 @@ def cell(args: Any, task: str, k: int, seed: int, rates: Rates) -> list[dict[str
         m = SETTLED[FOLDED[row]]
         vn.attach(model, vn.use(m, train=True), name=row)
         out.append({"row": row, "lr": rates[m], **folded(args, model, row, here, dev, test, max(1, steps // AGAIN), seed, rates[m], data["classes"])})
-    for row in (r for r in CALIBRATED if r in own):
+    for row in (r for r in VARIANTS if r in own):
         copied(model, own[row], row)
-    found = {
-        row: structure(args, model, row if row in CALIBRATED else m, here, dev, seed, "calibrated" if row in CALIBRATED else args.guide)
-        for row, m in own.items()
-    }
+    found = {row: structure(args, model, row if row in VARIANTS else m, here, dev, seed, *ways[row][1:]) for row, m in own.items()}
     if "_veneer_state" in model.__dict__:
         vn.detach(model)
     if found:
@@ -167,7 +166,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--sizes", nargs="*", type=int, default=list(SIZES))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--rows", nargs="*", default=[*METHODS, *SETTLED, *CALIBRATED], help="of the table; a settled or folded one needs its own plan's")
+    parser.add_argument("--rows", nargs="*", default=[*METHODS, *SETTLED], help="of the table; a settled or folded one needs its own plan's")
     parser.add_argument("--steps", type=int, help="fewer steps, to try the script")
     parser.add_argument("--dev", type=int, help="fewer dev rows")
     parser.add_argument("--test", type=int, default=2000, help="most test rows of a task")

@@ -21,9 +21,9 @@ SINGLE = ("bitfit", "bottleneck", "prefix", "lora", "ia3")
 LIGHT = METHODS[1:]
 OURS = "gated"
 SETTLED = {"settled": "gated", "settled-apl": "unipelt-apl"}
-CALIBRATED = {"calibrated": "gated"}  # settled as those are, by another guide
+VARIANTS = {"calibrated": ("gated", "calibrated", "layer"), "by-role": ("gated", "calibrated", "role")}  # settled by another guide, or in other groups
 FOLDED = {"folded": "settled", "folded-apl": "settled-apl"}
-ROWS = (*METHODS, *SETTLED, *CALIBRATED, *FOLDED, "selected")
+ROWS = (*METHODS, *SETTLED, *VARIANTS, *FOLDED, "selected")
 
 
 def plan_of(row: str, lr: float) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from plans import CALIBRATED, FOLDED, HEAD, LIGHT, METHODS, OURS, ROWS, SETTLED, SINGLE
+from plans import FOLDED, HEAD, LIGHT, METHODS, OURS, ROWS, SETTLED, SINGLE, VARIANTS
 
 RUNGS = ((1 / 8, 4), (1 / 4, 2))  # of race(halving=2, finalists=2) with eight candidates
 Cells = dict[tuple[str, int, int], dict[str, dict[str, Any]]]
@@ -31,7 +31,7 @@ def cells_of(lines: list[dict[str, Any]], setting: str) -> Cells:
     for x in lines:
         if x["kind"] == "cell" and x["setting"] == setting:
             cells.setdefault((x["task"], x["K"], x["seed"]), {}).setdefault(x["row"], x)  # a row may be run again for another that needs it
-    return {key: rows for key, rows in cells.items() if all(m in rows for m in (*METHODS, *SETTLED))}
+    return {key: rows for key, rows in cells.items() if all(m in rows for m in (*METHODS, "settled"))}
 
 
 class Table:
@@ -48,9 +48,13 @@ class Table:
     def mean(self, row: str, k: int) -> float:
         return statistics.mean(statistics.mean(v) for t in self.tasks if (v := self.values(row, k, t)))
 
+    def pairs(self, a: str, b: str, sizes: list[int]) -> list[float]:
+        """By how much row `a` is ahead of row `b`, in each cell that has both."""
+        return [100 * (rows[a]["accuracy"] - rows[b]["accuracy"]) for (_, k, _), rows in self.cells.items() if k in sizes and a in rows and b in rows]
+
     def error(self, a: str, b: str, sizes: list[int]) -> float:
         """Standard error of the mean difference of two rows, paired by cell."""
-        d = [100 * (rows[a]["accuracy"] - rows[b]["accuracy"]) for (_, k, _), rows in self.cells.items() if k in sizes and a in rows and b in rows]
+        d = self.pairs(a, b, sizes)
         return statistics.stdev(d) / len(d) ** 0.5 if len(d) > 1 else float("nan")
 
     def best_of_each(self, rows: tuple[str, ...], k: int) -> float:
@@ -101,11 +105,13 @@ def claims(t: Table, costs: list[float]) -> list[str]:
     line(f"{OURS} less the best single method at that K", lambda ks: t.over(lambda k: t.mean(OURS, k) - max(t.mean(m, k) for m in SINGLE), ks), None)
     line(f"{OURS} less the best single method of each task", lambda ks: t.over(lambda k: t.mean(OURS, k) - t.best_of_each(SINGLE, k), ks), None)
     line(f"{OURS} less full fine-tuning", lambda ks: t.over(lambda k: t.mean(OURS, k) - t.mean("full", k), ks), None, (OURS, "full"))
-    for row, whole in {**SETTLED, **CALIBRATED}.items():
-        if not all(row in rows for rows in t.cells.values()):
+    for row, whole in [*SETTLED.items(), *((row, way[0]) for row, way in VARIANTS.items())]:
+        there = [r for rows in t.cells.values() if (r := rows.get(row))]
+        if not all(t.pairs(row, whole, ks) for ks in groups):
             continue
-        share = statistics.mean((r["parameters"] - r["head"]) / (r["before"] - r["head"]) for rows in t.cells.values() if (r := rows[row]))
-        line(f"{row} less {whole}, at {share:.2f} of its parameters", lambda ks, r=row, w=whole: t.over(lambda k: t.mean(r, k) - t.mean(w, k), ks),
+        share = statistics.mean((r["parameters"] - r["head"]) / (r["before"] - r["head"]) for r in there)
+        cells = "" if len(there) == len(t.cells) else f" ({len(there)} cells)"
+        line(f"{row} less {whole}, at {share:.2f} of its parameters{cells}", lambda ks, r=row, w=whole: statistics.mean(t.pairs(r, w, ks)),
              lambda v, s=share: v >= -0.3 and s <= 0.5, (row, whole))  # fmt: skip
     for row, twin in FOLDED.items():
         if all(row in rows for rows in t.cells.values()):

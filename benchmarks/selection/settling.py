@@ -40,7 +40,7 @@ def guided(args: Any, dev: dict[str, Any], guide: str) -> Any:
     return guide if guide == "outputs" else likelihood(dev, args.wide, guide == "calibrated")
 
 
-def structure(args: Any, model: Any, name: str, train: dict[str, Any], dev: dict[str, Any], seed: int, guide: str) -> dict[str, Any]:
+def structure(args: Any, model: Any, name: str, train: dict[str, Any], dev: dict[str, Any], seed: int, guide: str, by: str) -> dict[str, Any]:
     """The plan of vn.settle(..., rewind=True) for the adapter `name`, which is taken off. It is left to the race to train it from the
     start that settle gives it, so `retune` does nothing here (tests/test_rewind.py: the two are the same)."""
     import veneer as vn
@@ -48,7 +48,7 @@ def structure(args: Any, model: Any, name: str, train: dict[str, Any], dev: dict
     begin = time.perf_counter()
     vn.activate(model, name)
     head = sum(p.numel() for part in vn.Adapter(model, name).parts if part.gate is None for p in part.parameters())
-    found = vn.settle(model, for_gates(train), keep=HALF, by=args.by, name=name, score=guided(args, dev, guide), rewind=True, seed=seed, retune=lambda m: 0)
+    found = vn.settle(model, for_gates(train), keep=HALF, by=by, name=name, score=guided(args, dev, guide), rewind=True, seed=seed, retune=lambda m: 0)
     vn.detach(model, name)
     about = {"parts": kept_of(found), "before": found.before, "head": head, "scored": found.scored}
     return {"plan": found.plan, **about, "ablation_seconds": round(time.perf_counter() - begin, 1)}

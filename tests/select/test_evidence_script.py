@@ -66,11 +66,11 @@ def test_parts_add_up_and_what_was_cut_off_is_done_again(
     first = [json.loads(x) for x in (lines / "cpu-1of2.jsonl").read_text().splitlines()]
     cells = [x for x in first if x["kind"] == "cell"]
     assert first[0]["kind"] == "setting" and first[0]["test"] == 20 and {x["setting"] for x in first} == {first[0]["setting"]}
-    assert [x["row"] for x in cells] == [*script.METHODS, "settled", "settled-apl", "calibrated"] and {x["seed"] for x in cells} == {0}
+    assert [x["row"] for x in cells] == [*script.METHODS, "settled", "settled-apl"] and {x["seed"] for x in cells} == {0}
     assert all(len(x["scores"]) == 8 and x["steps"] == 8 for x in cells)
     rates = json.loads((HERE / "rates.json").read_text())
     assert {x["row"]: x["lr"] for x in cells if x["row"] in rates} == rates
-    settled = cells[-3]
+    settled = cells[-2]
     kept = sum(p[3] for p in settled["parts"] if p[6])
     assert kept <= 0.5 * sum(p[3] for p in settled["parts"]) and settled["parameters"] == kept + settled["head"] and settled["scored"] == 1 + 7
 
@@ -93,6 +93,19 @@ def test_parts_add_up_and_what_was_cut_off_is_done_again(
     run(script, monkeypatch, *common, "--test", "10", "--report")  # other test rows: another table
     shown = capsys.readouterr().out
     assert "no cell of setting" in shown and first[0]["setting"] in shown
+
+
+def test_other_ways_to_settle_start_from_the_same_adapter(
+    script: Any, data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [*TRIAL, "--data", data, "--lines", tmp_path, "--seeds", "0"]
+    run(script, monkeypatch, *common, "--rows", "gated", "settled", "calibrated", "by-role")
+    rows = {x["row"]: x for x in map(json.loads, (tmp_path / "cpu-1of1.jsonl").read_text().splitlines()) if x["kind"] == "cell"}
+    assert set(rows) == {"gated", "settled", "calibrated", "by-role"} and rows["by-role"]["before"] == rows["settled"]["before"]
+    assert [p[:5] for p in rows["calibrated"]["parts"]] == [p[:5] for p in rows["settled"]["parts"]]  # the same parts under the same gates
+    assert [p[5] for p in rows["calibrated"]["parts"]] != [p[5] for p in rows["settled"]["parts"]]
+    run(script, monkeypatch, *common, "--rows", *script.METHODS, "settled")  # rows that are there already stand as they are
+    assert "by-role less gated, at" in capsys.readouterr().out
 
 
 def parse(text: str) -> Any:
