@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata as metadata
 import json
 import os
@@ -100,7 +101,8 @@ class Arm:
 
     def close(self) -> None:
         if self.process.stdin is not None:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it was ended, with a word in the pipe
+                self.process.stdin.close()
         self.process.wait()
 
 

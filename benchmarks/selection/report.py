@@ -84,7 +84,8 @@ class Table:
                 v = self.values(row, k, t)
                 shown.append("-" if not v else f"{statistics.mean(v):.1f} ± {statistics.stdev(v):.1f}" if len(v) > 1 else f"{v[0]:.1f}")
             count = statistics.mean(rows[row]["parameters"] for (_, kk, _), rows in self.cells.items() if kk == k and row in rows)
-            out.append(f"| {row} | " + " | ".join(shown) + f" | {self.mean(row, k):.1f} | {count:,.0f} |")
+            mean = "-" if "-" in shown else f"{self.mean(row, k):.1f}"  # of fewer tasks it would not compare
+            out.append(f"| {row} | " + " | ".join(shown) + f" | {mean} | {count:,.0f} |")
         return [*out, ""]
 
 

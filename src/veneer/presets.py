@@ -53,8 +53,8 @@ def preset(name: str, where: str = "") -> Plan:
     houlsby     after attention and FFN, reduction 16, swish (Houlsby et al. 2019, as AdapterHub's double_seq_bn)
     parallel    beside the FFN, reduction 2, ReLU, scale 4; mam: that with prefix 30 through an MLP of 800 (He et al. 2022)
     unipelt-ap  gated bottleneck 48 and prefix 10; unipelt-apl: with LoRA 8 too (Mao et al. 2022)
-    gated       ours: bottleneck 12, prefix 5, LoRA 4 and (IA)3 under gates that start open, each at a rate of its own; a
-                proposal, not shown to be better than one method (docs/evidence.md)
+    gated       ours: bottleneck 12, prefix 5, LoRA 4 and (IA)3 under gates that start open, each at a rate of its own; level
+                with the best single method where it was measured (docs/evidence.md)
     head        the head's own tensors; full: all tensors, which is ordinary fine-tuning (saved whole, as large as the base)
     compacter   Kronecker bottlenecks after attention and FFN; compacter++: after the FFN alone (Mahabadi et al. 2021)
     adapterdrop pfeiffer, of which training leaves out the 0 to 11 lowest layers at random (Rücklé et al. 2021)
