@@ -336,6 +336,25 @@ def test_early_stopping_and_the_best_checkpoint(small, tmp_path):
         run(make_config(settings | {"output": str(tmp_path / "b"), "choose_best": False}), quiet=True)
 
 
+@pytest.mark.parametrize("name", ["classify", "chat", "text_to_text"])
+def test_checkpointed_gradients_by_estimate_change_no_weight(small, tmp_path, monkeypatch, name):
+    counted = []
+    real = tf.modeling_utils.checkpoint
+    monkeypatch.setattr(tf.modeling_utils, "checkpoint", lambda *a, **k: counted.append(1) or real(*a, **k))
+
+    def weights(folder, **changes):
+        counted.clear()
+        run(make_config(example(name, *small, tmp_path / folder, max_steps=3, **changes)), quiet=True)
+        return load_file(next((tmp_path / folder / "adapter").glob("adapter-*.safetensors"))), len(counted)
+
+    plain, none = weights("plain")
+    monkeypatch.setattr("veneer.train.run.roomy", lambda *a: False)
+    auto, some = weights("auto")
+    assert none == 0 and some >= 3 * 2  # steps and layers
+    assert plain.keys() == auto.keys() and all(torch.allclose(v, auto[k], atol=1e-5) for k, v in plain.items())
+    assert weights("off", gradient_checkpointing=False)[1] == 0
+
+
 def test_rates_have_sources():
     assert rate_of(vn.LoRA(8) + vn.Full(at="head")) == vn.LoRA.rate[0] and rate_of(vn.Full(at="head")) == vn.Full.rate[0]
     assert choose(vn.Prefix(3) + vn.Bottleneck(4))[1].startswith("bottleneck: UniPELT")
