@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 from ..errors import CapabilityError, ConfigError, DataError
-from ..serve.answers import Answer, Row
+from ..serve.answer import Answer, Row
 from ..serve.predict import Predictor
 from ..train.prepare import tables
 from .harness import Score

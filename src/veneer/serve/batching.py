@@ -14,8 +14,8 @@ import torch
 
 from ..adapter import route
 from ..errors import AdapterError, CapabilityError, did_you_mean
-from .answers import GREEDY, check_room
 from .opened import Opened
+from .writing import GREEDY, check_room
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 from ..adapter import active
 from ..errors import CapabilityError, ConfigError, VeneerError, did_you_mean
 from ..files import write_whole
-from .answers import GREEDY, check_room
 from .opened import Opened
+from .writing import GREEDY, check_room
 
 
 @dataclass(frozen=True)

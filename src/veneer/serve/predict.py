@@ -13,7 +13,8 @@ from ..data.sources import read_rows
 from ..errors import ConfigError, DataError
 from ..train.prepare import longest
 from ..train.tasks import find_task
-from .answers import ANSWERS, Row
+from .answer import Row
+from .answers import ANSWERS
 from .opened import open_folder
 
 

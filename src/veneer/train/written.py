@@ -30,7 +30,8 @@ class Written:
 
     def __init__(self, p: Any) -> None:
         from ..eval.generated import check_writes, expected
-        from ..serve.answers import ANSWERS, check_room
+        from ..serve.answers import ANSWERS
+        from ..serve.writing import check_room
 
         config = p.config
         self.most = config.max_new_tokens
