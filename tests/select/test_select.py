@@ -168,7 +168,7 @@ def test_the_empty_plan_is_not_asked_for_again_and_again():
 
     search = plan_search(base, data(), space="autopeft", budget={"trials": 30}, executor=scored, seed=1, **FAST)
     search.run()
-    kinds = [t.user_attrs["kind"] for t in search._all()]
+    kinds = [t.user_attrs["kind"] for t in search.record.all()]
     assert kinds.count("accepted") == 30 and kinds.count("empty") <= 15, kinds
 
 
@@ -186,7 +186,7 @@ def test_what_is_no_better_than_nothing_is_worth_no_parameters():
     assert search.floor == pytest.approx(share) and seen == [1, 1, 1]
     assert search.worth(share, 10) == search.worth(share, 20) == (share, math.log10(search.base))
     assert search.worth(share + 0.01, 10) == (share + 0.01, 1.0)
-    assert {t.values[1] for t in search._all()} == {math.log10(search.base)}
+    assert {t.values[1] for t in search.record.all()} == {math.log10(search.base)}
     f1 = search.worker.data
     f1.metric = "macro_f1"
     assert f1.floor(base, 8) == pytest.approx(max(2 * p / (1 + p) for p in (share, 1 - share)) / 2)

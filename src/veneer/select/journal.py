@@ -30,6 +30,10 @@ class Record:
         """Every question that was asked, by number."""
         return self.study.get_trials(deepcopy=False)
 
+    def accepted(self) -> list[Any]:
+        """Those whose answer is a candidate to train."""
+        return [t for t in self.all() if t.user_attrs.get("kind") == "accepted"]
+
     def note(self, number: int, key: str, value: Any) -> None:
         """Keep `value` with the trial, on the disk when this returns."""
         self.storage.set_trial_user_attr(self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number), key, value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,21 +11,19 @@ from typing import Any
 
 from ..errors import ConfigError, did_you_mean
 from . import measure
+from .asking import SAMPLERS, Asking
 from .budget import Budget
 from .choose import ranked
 from .executor import Executor
 from .fit import Job, Worker
-from .journal import EXTENDABLE, Record, record, seed_of
+from .journal import EXTENDABLE, Record, record
 from .limits import Limits
 from .report import Trial
 from .space import Space
 
 ETA = 3  # of those trained so far, one in ETA goes on (Li et al., JMLR 2018)
 LEAST_STEPS = 60  # after 20 steps every plan of AutoPEFT's space was still near chance, and dropping by that was worse than none
-TRIES = 500  # candidates that may be over the budget or known, before a search gives up finding another
-MOST_LISTED = 4000  # a space of at most that many is walked through when chance finds nothing new
 UNBOUNDED = 100_000
-SAMPLERS = ("tpe", "random", "grid")
 
 
 def rungs_of(steps: int) -> list[float]:
@@ -105,13 +102,14 @@ class Search:
         self.floor = self.worker.data.floor(self.worker.model, self.worker.eval_batch_size)
         self.spent = float(self.record.study.user_attrs.get("seconds", 0.0))
         self._clear()
+        asking = Asking(self.space, self.limits, self.record, self.sampler, self.starts, self.seed, ETA**2)
         generation = 0
         while True:
             self._clock()
-            room = (self.budget.trials or UNBOUNDED) - sum(1 for t in self._accepted() if t.user_attrs["generation"] != generation)
+            room = (self.budget.trials or UNBOUNDED) - sum(1 for t in self.record.accepted() if t.user_attrs["generation"] != generation)
             if room <= 0 or self._late():
                 break
-            batch = self._ask(generation, min(self.generation, room))
+            batch = asking.batch(generation, min(self.generation, room))
             if not batch:
                 break
             if not self._climb(batch):
@@ -136,115 +134,13 @@ class Search:
         if self.folder is not None:
             self.record.study.set_user_attr("seconds", round(self.elapsed, 3))
 
-    def _all(self) -> list[Any]:
-        return self.record.all()
-
-    def _accepted(self) -> list[Any]:
-        return [t for t in self._all() if t.user_attrs.get("kind") == "accepted"]
-
     def _clear(self) -> None:
         """A killed search left a question half asked: it is asked again."""
         from optuna.trial import TrialState
 
-        for t in self._all():
+        for t in self.record.all():
             if t.state == TrialState.RUNNING and t.user_attrs.get("kind") != "accepted":
                 self.record.study.tell(t.number, state=TrialState.FAIL)
-
-    # -- asking ------------------------------------------------------------------------------------------------------------
-    def _ask(self, generation: int, most: int) -> list[Any]:
-        """The candidates of the generation: those on record, and new ones until there are `most`."""
-        batch = [t for t in self._accepted() if t.user_attrs["generation"] == generation]
-        tries = 0
-        while len(batch) < most and tries < TRIES:
-            tries += 1
-            number = self._one(generation, force=tries > TRIES // 10)
-            if number is None:
-                break
-            if number >= 0:
-                batch.append(self._all()[number])
-                tries = 0
-        if not self._accepted():
-            raise ConfigError(
-                f"none of {TRIES} candidates fits the budget ({', '.join(f'{k}: {v}' for k, v in self.budget.words.items())})", where="budget",
-                fix=self._nearest(),
-            )  # fmt: skip
-        return batch
-
-    def _nearest(self) -> str:
-        near = min((t for t in self._all() if t.user_attrs.get("kind") == "over budget"), key=lambda t: t.user_attrs["over"], default=None)
-        return "Allow more" if near is None else f"The nearest, {near.user_attrs['text']}, has {near.user_attrs['why']}"
-
-    def _one(self, generation: int, force: bool) -> int | None:
-        """Ask once. The number of the Optuna trial; -1 where the candidate is known, empty or over the budget; None where the space has no more.
-
-        Each question has a sampler of its own, whose seed is the question's number, so that a search that was killed
-        asks on as it would have.
-        """
-        from optuna.trial import TrialState
-
-        asked = sum(1 for t in self._all() if "kind" in t.user_attrs)
-        known = {t.user_attrs["key"] for t in self._all() if "key" in t.user_attrs}
-        fixed = self._fixed(asked, known, force)
-        if fixed is None:
-            return None
-        self.record.study.sampler = self._sampler(seed_of(self.seed, asked))
-        if fixed and not self.record.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            self.record.study.enqueue_trial(fixed)
-        trial = self.record.study.ask()
-
-        def choose(name: str, options: Any, ordered: bool) -> int:
-            return trial.suggest_int(name, 0, len(options) - 1) if ordered else trial.suggest_categorical(name, list(range(len(options))))
-
-        candidate = self.space.draw(choose)
-        if candidate is None:  # told as out of bounds: of a failure the sampler learns nothing, and asks for ever where a front's cheap end is empty
-            trial.set_constraint("budget", 1.0)
-            trial.set_user_attr("kind", "empty")
-            self.record.study.tell(trial, [0.0, math.log10(self.base)])
-            return -1
-        if candidate.key in known:
-            trial.set_user_attr("kind", "known")
-            self.record.study.tell(trial, state=TrialState.FAIL)
-            return -1
-        over, why = self.limits.over(candidate)
-        trial.set_user_attr("key", candidate.key)
-        if over > 0:
-            trial.set_constraint("budget", over)
-            trial.set_user_attr("text", str(candidate.plan))
-            trial.set_user_attr("over", over)
-            trial.set_user_attr("why", why)
-            trial.set_user_attr("kind", "over budget")
-            self.record.study.tell(trial, [0.0, math.log10(self.limits.count(candidate))])
-            return -1
-        trial.set_user_attr("plan", candidate.plan.to_dict())
-        trial.set_user_attr("rate", candidate.rate)
-        trial.set_user_attr("parameters", self.limits.count(candidate))
-        trial.set_user_attr("generation", generation)
-        trial.set_user_attr("place", len(self._accepted()))
-        trial.set_user_attr("kind", "accepted")
-        return trial.number
-
-    def _fixed(self, asked: int, known: set[str], force: bool) -> dict[str, int] | None:
-        """Choices that are not the sampler's: the space's starts, a grid's next, or, after long bad luck in a small space,
-        any that is left. {}: the sampler chooses; None: nothing is left."""
-        starts = self.space.starts() if self.sampler == "tpe" and self.starts else []
-        if asked < len(starts):
-            return starts[asked]
-        walk = self.sampler == "grid" or bool(self.space.plans) or (force and self.space.size <= MOST_LISTED)
-        if not walk:
-            return {}
-        for params, candidate in self.space:
-            if candidate.key not in known:
-                return params or {"": 0}
-        return None
-
-    def _sampler(self, seed: int) -> Any:
-        import optuna
-
-        if self.sampler == "tpe":
-            with warnings.catch_warnings():  # `group` is called experimental: it is what lets a part's options be asked only where it is on
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=ETA**2)
-        return optuna.samplers.RandomSampler(seed=seed)
 
     # -- training ----------------------------------------------------------------------------------------------------------
     def _climb(self, batch: list[Any]) -> bool:
@@ -252,7 +148,7 @@ class Search:
         alive = sorted(t.number for t in batch)
         for r, share in enumerate(self.rungs):
             self._train(alive, share)
-            trials = self._all()
+            trials = self.record.all()
             outcomes = {n: trials[n].user_attrs.get(f"rung {rung_name(share)}") for n in alive}
             if any(o is None or o["status"] == "unfinished" for o in outcomes.values()):
                 return False
@@ -273,7 +169,7 @@ class Search:
 
     def _train(self, numbers: list[int], share: float) -> None:
         name = f"rung {rung_name(share)}"
-        trials = self._all()
+        trials = self.record.all()
         todo = [n for n in numbers if trials[n].user_attrs.get(name, {"status": "unfinished"})["status"] == "unfinished"]
         last = share == self.rungs[-1]
         deadline = self.deadline
@@ -292,18 +188,18 @@ class Search:
     def _best(self, numbers: list[int], share: float) -> list[int]:
         """`numbers`, best first by score and parameters, among all that reached this rung."""
         name = f"rung {rung_name(share)}"
-        seen = [t for t in self._accepted() if t.user_attrs.get(name, {}).get("status") == "complete"]
+        seen = [t for t in self.record.accepted() if t.user_attrs.get(name, {}).get("status") == "complete"]
         order = ranked([self.worth(t.user_attrs[name]["score"], t.user_attrs["parameters"]) for t in seen])
         return [seen[i].number for i in order if seen[i].number in numbers]
 
     def _finish(self, number: int, status: str, outcome: dict[str, Any]) -> None:
         from optuna.trial import TrialState
 
-        t = self._all()[number]
+        t = self.record.all()[number]
         if t.state != TrialState.RUNNING:
             return
         self.record.note(number, "status", status)
-        worst = min((u.values[0] for u in self._all() if u.values is not None), default=0.0)
+        worst = min((u.values[0] for u in self.record.all() if u.values is not None), default=0.0)
         score = outcome["score"] if outcome.get("score") is not None else worst
         self.record.study.tell(number, self.worth(score, t.user_attrs["parameters"]))
 
@@ -316,7 +212,7 @@ class Search:
         if self.tell is None:
             return
         trials = self.trials()
-        place = self._all()[number].user_attrs["place"]
+        place = self.record.all()[number].user_attrs["place"]
         limits = [self.elapsed / (60 * self.budget.minutes)] if self.budget.minutes else []
         if self.budget.trials:
             limits.append(sum(t.cost["steps"] for t in trials) / self.expected(self.budget.trials))
@@ -340,7 +236,7 @@ class Search:
     # -- the answer ----------------------------------------------------------------------------------------------------------
     def trials(self) -> list[Trial]:
         """The candidates so far, in the order of asking."""
-        return [self._trial(t) for t in sorted(self._accepted(), key=lambda t: t.user_attrs["place"])]
+        return [self._trial(t) for t in sorted(self.record.accepted(), key=lambda t: t.user_attrs["place"])]
 
     def _trial(self, t: Any) -> Trial:
         a = t.user_attrs
