@@ -58,12 +58,17 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def rehearsal() -> Iterator[None]:
-    """Within it `whole_folder` keeps nothing: what is written lies aside, can be read again there, and vanishes."""
+    """Within it `whole_folder` keeps nothing: what is written lies aside, can be read again there, and vanishes. What writes a
+    single file asks `rehearsing`."""
     before = _rehearsing.set(True)
     try:
         yield
     finally:
         _rehearsing.reset(before)
+
+
+def rehearsing() -> bool:
+    return _rehearsing.get()
 
 
 @contextlib.contextmanager

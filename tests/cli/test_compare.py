@@ -109,6 +109,15 @@ def test_damaged_and_foreign_folders(runs, tmp_path):
         read_runs([tmp_path / "empty" / "x" / "y"])
 
 
+def test_a_rehearsal_keeps_nothing(runs, tmp_path):
+    page = tmp_path / "c.html"
+    done = invoke("compare", *runs, "--page", page, "--dry-run")
+    assert done.exit_code == 0 and f"would write {page}" in done.output and not page.exists()
+    (runs[2] / "report.html").unlink(missing_ok=True)
+    done = invoke("report", runs[2], "--dry-run")
+    assert done.output == f"would write {runs[2] / 'report.html'}\n" and not (runs[2] / "report.html").exists()
+
+
 def test_report_writes_the_page_again(runs, tmp_path):
     done = invoke("report", runs[2])
     assert done.exit_code == 0 and "not finished" in (runs[2] / "report.html").read_text()

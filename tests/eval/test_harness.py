@@ -65,6 +65,12 @@ def test_with_and_without_the_adapter(runs, tasks, tmp_path):
     assert f"{mine['value']:.4f}" in done.output and "numbers" in done.output
 
 
+def test_a_rehearsal_finds_the_tasks_and_measures_none(runs, tasks, tmp_path):
+    options = ["--include", str(tasks), "--out", str(tmp_path / "s.json"), "--dry-run"]
+    done = CliRunner().invoke(app, ["eval", str(runs["lora"]), "--tasks", "numbers", *options])
+    assert done.exit_code == 0 and done.output == "would measure numbers\n" and not (tmp_path / "s.json").exists()
+
+
 def test_refusals(runs, tasks, monkeypatch):
     from lm_eval.tasks import TaskManager
 

@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
 import veneer as vn
+from veneer.cli import app
 from veneer.serve.batching import Batcher, Request
 from veneer.serve.http import create_app
 from veneer.serve.opened import open_folder
@@ -88,6 +90,12 @@ def test_drawn_rows_wait_for_their_like_and_failures_reach_who_asked(opened, mon
     with pytest.raises(RuntimeError, match="out of memory"):
         batcher.ask(Request((1,), None, 1)).result(timeout=60)
     batcher.close()
+
+
+def test_a_rehearsal_loads_all_and_does_not_listen(runs, monkeypatch):
+    monkeypatch.setattr("uvicorn.run", None)
+    done = CliRunner().invoke(app, ["serve", str(runs["lora"]), f"{runs['ia3']}=ia3", "--port", "1", "--dry-run"])
+    assert done.exit_code == 0 and done.output.startswith("would serve ") and done.output.endswith("ia3 at http://127.0.0.1:1\n")
 
 
 def test_a_classifier_is_not_served(runs):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -141,6 +142,30 @@ def test_from_the_shell(trained, tmp_path):
     assert measured.exit_code == 0 and "pearson" in measured.output, measured.exception
     scores = json.loads((tmp_path / "s.json").read_text())["scores"]
     assert {s["metric"] for s in scores["adapter"]} == {s["metric"] for s in scores["base"]} >= {"loss", "mae"}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "classify"])
+def test_a_rehearsal_reads_all_rows_and_asks_no_model(trained, tmp_path, monkeypatch, name):
+    folder, source = trained(name)
+    predictor = Predictor(folder)
+    file, _ = unlabelled(source, tmp_path / "in.jsonl", name == "masked")
+    rows = list(predictor.read(file))
+    monkeypatch.setattr(type(predictor.model), "forward", None)
+    predictor.check(rows, 4)
+    said = CliRunner().invoke(app, ["predict", str(folder), "--file", file, "--out", str(tmp_path / "a.jsonl"), "--dry-run"])
+    assert said.exit_code == 0 and said.output == f"would answer {len(rows)} rows, and write {tmp_path / 'a.jsonl'}\n" and not (tmp_path / "a.jsonl").exists()
+    said = CliRunner().invoke(app, ["eval", str(folder), source, "--out", str(tmp_path / "s.json"), "--dry-run"])
+    assert said.exit_code == 0 and re.fullmatch(r"would measure [\w, /]+ on \d+ rows\n", said.output) and not (tmp_path / "s.json").exists()
+
+
+def test_a_rehearsal_finds_what_answering_would(trained, tmp_path):
+    folder = str(trained("chat")[0])
+    said = CliRunner().invoke(app, ["predict", folder, "a word", "--max-new-tokens", "500", "--dry-run"])
+    assert isinstance(said.exception, vn.DataError) and "over the model's 256" in str(said.exception)
+    said = CliRunner().invoke(app, ["predict", str(trained("masked")[0]), "a word", "--dry-run"])
+    assert isinstance(said.exception, vn.DataError) and "no [MASK] is in" in str(said.exception)
+    said = CliRunner().invoke(app, ["eval", folder, "--generate", "--dry-run"])
+    assert said.output == "would measure exact, rouge_l, chrf on 8 rows\n"
 
 
 def test_mistakes_are_told(trained, tmp_path):

@@ -24,6 +24,7 @@ def command(
     batch_size: Annotated[int, typer.Option(help="Rows at a time.", min=1)] = 8,
     model: Annotated[str | None, typer.Option(help="The base, where it lies elsewhere now.")] = None,
     out: Annotated[str | None, typer.Option(help="Write the scores to this JSON file too.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Find the tasks, or read the rows, and say what would be measured.")] = False,
 ) -> None:
     """Measure RUN: the metrics of its own task, or tasks of lm-evaluation-harness; the base beside it with --base."""
     from rich.console import Console
@@ -31,20 +32,34 @@ def command(
 
     names = [t.strip() for t in tasks.split(",") if t.strip()]
     if names:
-        from ..eval.harness import harness
+        from ..eval.harness import harness, tasks_of
         from ..serve.opened import open_folder
 
         opened = open_folder(run, model=model)
+        if dry_run:
+            tasks_of(opened, names, include)
+            typer.echo(f"would measure {', '.join(names)}")
+            return
         options: dict[str, Any] = {"include": include, "limit": limit, "shots": shots, "batch_size": batch_size, "chat": chat}
 
         def measure(off: bool) -> list[Any]:
             return harness(opened, names, base=off, **options)
 
     else:
-        from ..eval.own import own
+        from ..eval.own import own, rows_for
         from ..serve.predict import Predictor
 
         predictor = Predictor(run, model=model)
+        if dry_run:
+            if generate:
+                from ..eval.generated import to_write
+                from ..train.written import MEASURES
+
+                rows, found = to_write(predictor, data, limit, find)[0], [*MEASURES, *(["found"] if find else [])]
+            else:
+                rows, found = rows_for(predictor, data).rows, list(predictor.task.measures)
+            typer.echo(f"would measure {', '.join(found)} on {len(rows)} rows")
+            return
 
         def measure(off: bool) -> list[Any]:
             if generate:

@@ -21,6 +21,7 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer of a model that generates, in tokens.", min=1)] = 64,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.", min=1)] = 16,
     model: Annotated[str | None, typer.Option(help="The base, where it lies elsewhere now.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and encode the rows, and answer none.")] = False,
 ) -> None:
     """Label TEXT, tag it, continue it, answer it: what the run's task is, with its adapter."""
     from pathlib import Path
@@ -37,6 +38,10 @@ def command(
     else:
         lines = text or ([] if sys.stdin.isatty() else [line.strip() for line in sys.stdin if line.strip()])
         rows = predictor.rows_of(lines)
+    if dry_run:
+        predictor.check(rows, batch_size, max_new_tokens=max_new_tokens)
+        typer.echo(f"would answer {len(rows)} rows" + ("" if out is None else f", and write {out}"))
+        return
     said: list[dict[str, Any]] = []
     for row, answer in zip(rows, predictor.rows(rows, batch_size, max_new_tokens=max_new_tokens), strict=True):
         given = predictor.given(row)

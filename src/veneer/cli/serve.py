@@ -16,6 +16,7 @@ def command(
     batch: Annotated[int, typer.Option(help="Requests that are answered together.", min=1)] = 16,
     wait: Annotated[float, typer.Option(help="Seconds for which a request waits for others.", min=0)] = 0.01,
     model: Annotated[str | None, typer.Option(help="The base, where it lies elsewhere now.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load it all and say what would be served where; do not listen.")] = False,
 ) -> None:
     """Serve RUNS on one base, in the form of OpenAI's interface: `model` in a request names the adapter.
 
@@ -36,5 +37,7 @@ def command(
     folder, _, name = first.partition("=")
     opened = open_folder(folder, model=model, name=name or None, more=more)
     app = create_app(opened, batch, wait)
-    typer.echo(f"{opened.base} with {', '.join(opened.names)} at http://{host}:{port}")
+    typer.echo(f"{'would serve ' if dry_run else ''}{opened.base} with {', '.join(opened.names)} at http://{host}:{port}")
+    if dry_run:
+        return
     uvicorn.run(app, host=host, port=port, log_level="warning")

@@ -10,9 +10,8 @@ from importlib.util import find_spec
 from ..errors import CapabilityError, ConfigError, DataError
 from ..serve.answer import Answer, Row
 from ..serve.predict import Predictor
-from ..train.prepare import tables
 from .harness import Score
-from .own import rows_like_training
+from .own import rows_for
 
 
 def generated(
@@ -37,18 +36,9 @@ def generated(
     Raises: CapabilityError for a task that answers otherwise, ConfigError (a package is missing, `find` is not a regular
     expression), DataError (`find` finds nothing in a row's own answer).
     """
-    check_writes(predictor.answer, predictor.config.task, "--generate")
     from ..adapter import disabled
 
-    rows = (tables(predictor.config)[1] if data is None else rows_like_training(predictor, data)).rows[:limit]
-    wanted = expected(predictor.answer, rows, "--generate")
-    keys = [] if find is None else [last(find, w) for w in wanted]
-    if None in keys:
-        raise DataError(
-            f"{find!r} finds nothing in the own answer of row {keys.index(None) + 1}",
-            where="--find",
-            fix=r"Give a pattern that every answer has, as --find '-?\d[\d,]*(?:\.\d+)?' for the last number",
-        )
+    rows, wanted, keys = to_write(predictor, data, limit, find)
     with disabled(predictor.model) if base else contextlib.nullcontext():
         said = []
         for a in predictor.rows(rows, batch_size, max_new_tokens=most):
@@ -59,6 +49,21 @@ def generated(
     if find is not None:
         scores["found"] = sum(last(find, a) == k for a, k in zip(said, keys, strict=True)) / len(rows)
     return [Score(predictor.config.task, name, value, None, len(rows)) for name, value in scores.items()]
+
+
+def to_write(predictor: Predictor, data: str | None, limit: int | None, find: str | None) -> tuple[list[Row], list[str], list[object]]:
+    """The rows that are to be answered, their own answers, and what `find` finds in those. Raises: as `generated`."""
+    check_writes(predictor.answer, predictor.config.task, "--generate")
+    rows = rows_for(predictor, data).rows[:limit]
+    wanted = expected(predictor.answer, rows, "--generate")
+    keys: list[object] = [] if find is None else [last(find, w) for w in wanted]
+    if None in keys:
+        raise DataError(
+            f"{find!r} finds nothing in the own answer of row {keys.index(None) + 1}",
+            where="--find",
+            fix=r"Give a pattern that every answer has, as --find '-?\d[\d,]*(?:\.\d+)?' for the last number",
+        )
+    return rows, wanted, keys
 
 
 def check_writes(answer: Answer, task: str, where: str) -> None:

@@ -48,23 +48,11 @@ def harness(
     Raises: ConfigError (the harness is not installed, an unknown task), CapabilityError (a model without logits over its
     vocabulary), DataError (a task whose data cannot be had, as without a network).
     """
-    try:
-        with _quiet():
-            import lm_eval
-            from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
-    except ImportError as e:
-        raise ConfigError("lm-evaluation-harness is not installed", where="--tasks", fix='pip install "veneer[eval]"') from e
-    model = opened.model
-    if not getattr(model, "can_generate", lambda: False)() or opened.tokenizer is None:
-        raise CapabilityError(f"{type(model).__name__} is no language model, which these tasks need", fix="Without --tasks its own metrics are measured")
+    manager, model = tasks_of(opened, tasks, include), opened.model
     with _quiet():
-        manager = TaskManager(include_path=include, include_defaults=False) if include is not None else TaskManager()
-        if not set(tasks) <= set(manager.all_tasks) and include is not None:
-            manager = TaskManager(include_path=include)
-        for name in tasks:
-            if name not in manager.all_tasks:
-                raise ConfigError(f"there is no task {name!r}", where="--tasks", fix=did_you_mean(name, manager.all_tasks))
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
         lm = HFLM(pretrained=model, tokenizer=opened.tokenizer, batch_size=batch_size)
         try:
             with disabled(model) if base else contextlib.nullcontext():
@@ -76,6 +64,26 @@ def harness(
             said = str(e).partition("\n")[0]
             raise DataError(f"the data of a task cannot be had: {said}", where=", ".join(tasks), fix="Fetch it once with a network, or give --include") from e
     return list(_scores(found))
+
+
+def tasks_of(opened: Opened, tasks: list[str], include: str | None) -> Any:
+    """The harness's manager of tasks, which knows `tasks`. Raises: ConfigError, CapabilityError, as `harness`."""
+    try:
+        with _quiet():
+            from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise ConfigError("lm-evaluation-harness is not installed", where="--tasks", fix='pip install "veneer[eval]"') from e
+    model = opened.model
+    if not getattr(model, "can_generate", lambda: False)() or opened.tokenizer is None:
+        raise CapabilityError(f"{type(model).__name__} is no language model, which these tasks need", fix="Without --tasks its own metrics are measured")
+    with _quiet():
+        manager = TaskManager(include_path=include, include_defaults=False) if include is not None else TaskManager()
+        if not set(tasks) <= set(manager.all_tasks) and include is not None:
+            manager = TaskManager(include_path=include)
+    for name in tasks:
+        if name not in manager.all_tasks:
+            raise ConfigError(f"there is no task {name!r}", where="--tasks", fix=did_you_mean(name, manager.all_tasks))
+    return manager
 
 
 def _scores(found: dict[str, Any]) -> Iterator[Score]:

@@ -25,7 +25,7 @@ def own(predictor: Predictor, data: str | None = None, *, base: bool = False) ->
     Raises: DataError (data that is not there, labels that training never saw).
     """
     config, task = predictor.config, predictor.task
-    rows = tables(config)[1] if data is None else rows_like_training(predictor, data)
+    rows = rows_for(predictor, data)
     encoded = encode(task, rows)
     ready: Any = encoded.data
     if config.packing:
@@ -39,6 +39,11 @@ def own(predictor: Predictor, data: str | None = None, *, base: bool = False) ->
         trainer = make_trainer(p, Path(aside), Batch(config.batch_size, 1), [], quiet=True)
         found = reported(p, trainer.evaluate())
     return [Score(config.task, name, value, None, len(encoded.rows)) for name, value in found.items()]
+
+
+def rows_for(predictor: Predictor, data: str | None) -> Any:
+    """The table `data`, or the rows that the run held back. Raises: DataError."""
+    return tables(predictor.config)[1] if data is None else rows_like_training(predictor, data)
 
 
 def rows_like_training(predictor: Predictor, data: str) -> Any:

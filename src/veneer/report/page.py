@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
-from ..files import write_whole
+from ..files import rehearsing, write_whole
 
 HERE = Path(__file__).parent
 PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]*={0,2}")
@@ -128,8 +128,10 @@ class Page:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the page whole or not at all. Raises: StoreError where `path` cannot be written."""
-        write_whole(Path(path), self.html().encode())
+        """Write the page whole or not at all; in a rehearsal draw it, and keep nothing. Raises: StoreError where `path` cannot be written."""
+        page = self.html().encode()
+        if not rehearsing():
+            write_whole(Path(path), page)
         return Path(path)
 
     def _put(self, block: str) -> None:

@@ -48,6 +48,10 @@ class Answer:
         """The answers to `rows`, in their order. Raises: DataError for a row that cannot be used."""
         raise NotImplementedError
 
+    def check(self, rows: list[Row], **options: Any) -> None:
+        """Raise what answering would for rows that cannot be used; the model is not asked."""
+        self.encoded(rows)
+
     def shown(self, answer: Row) -> str:
         """An answer as a line for a person."""
         return str(answer["label"])

@@ -133,10 +133,13 @@ class Vector(Answer):
     def row(self, text: str) -> Row:
         return {"text": text}
 
+    def encoded(self, rows: list[Row]) -> list[Row]:
+        return super().encoded([{"text": r["text"]} for r in rows])
+
     def __call__(self, rows: list[Row], **options: Any) -> list[Row]:
         from ..train.tasks.embedding import pooled
 
-        encoded = self.encoded([{"text": r["text"]} for r in rows])
+        encoded = self.encoded(rows)
         batch = {k: v for k, v in self.task.collator()(encoded).items() if k != "labels"}
         return [{"embedding": v} for v in pooled(self.task.model, placed(batch, self.task.model)).float().tolist()]
 
@@ -151,14 +154,24 @@ class Filled(Answer):
 
     echoes = False
 
-    def __call__(self, rows: list[Row], **options: Any) -> list[Row]:
-        tools, out = self.task.tools, []
+    def masked(self, rows: list[Row]) -> tuple[Any, list[list[int]]]:
+        """The batch, and where each row's masks are. Raises: DataError for a row without one."""
+        tools = self.task.tools
         batch = tools([r["text"] for r in rows], padding=True, truncation=True, max_length=self.task.longest, return_tensors="pt")
-        chances = torch.softmax(self.task.model(**placed(dict(batch), self.task.model)).logits.float(), -1).cpu()
-        for row, ids, p in zip(rows, batch["input_ids"], chances, strict=True):
-            at = (ids == tools.mask_token_id).nonzero().flatten().tolist()
+        places = [(ids == tools.mask_token_id).nonzero().flatten().tolist() for ids in batch["input_ids"]]
+        for row, at in zip(rows, places, strict=True):
             if not at:
                 raise DataError(f"no {tools.mask_token} is in {row['text'][:60]!r}", fix=f"Write {tools.mask_token} where a word is to be found")
+        return batch, places
+
+    def check(self, rows: list[Row], **options: Any) -> None:
+        self.masked(rows)
+
+    def __call__(self, rows: list[Row], **options: Any) -> list[Row]:
+        tools, out = self.task.tools, []
+        batch, places = self.masked(rows)
+        chances = torch.softmax(self.task.model(**placed(dict(batch), self.task.model)).logits.float(), -1).cpu()
+        for row, at, p in zip(rows, places, chances, strict=True):
             best = [(tools.decode([int(p[i].argmax())]), float(p[i].max())) for i in at]
             text = row["text"]
             for word, _ in best:

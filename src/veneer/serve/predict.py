@@ -66,6 +66,11 @@ class Predictor:
         if waiting:
             yield from self.answer(waiting, **options)
 
+    def check(self, rows: list[Row], batch_size: int = 16, **options: Any) -> None:
+        """Encode rows as for `rows`, without an answer. Raises: DataError for one that cannot be used."""
+        for i in range(0, len(rows), batch_size):
+            self.answer.check(rows[i : i + batch_size], **options)
+
     def read(self, source: str, columns: Mapping[str, str] | None = None) -> Iterator[Row]:
         """The rows of a file, a folder or a dataset, as in training; what is asked for need not be there.
 

@@ -30,6 +30,9 @@ class Continuation(Answer):
         """The prompts as a padded batch."""
         return self.task.tools([self.prompt(r) for r in rows], padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
 
+    def check(self, rows: list[Row], *, max_new_tokens: int = 64, **options: Any) -> None:
+        check_room(self.task.model, self.tokens(rows)["input_ids"].shape[1], max_new_tokens)
+
     def __call__(self, rows: list[Row], *, max_new_tokens: int = 64, **options: Any) -> list[Row]:
         tools, model = self.task.tools, self.task.model
         batch = placed({k: v for k, v in self.tokens(rows).items() if k in ("input_ids", "attention_mask")}, model)
