@@ -355,6 +355,19 @@ def test_checkpointed_gradients_by_estimate_change_no_weight(small, tmp_path, mo
     assert weights("off", gradient_checkpointing=False)[1] == 0
 
 
+def test_a_new_head_has_a_rate_of_its_own(small, tmp_path):
+    config = example("classify", *small, tmp_path / "a", max_steps=2, learning_rate=1e-3, head_learning_rate="1e-2")
+    result = run(make_config(config), quiet=True)
+    rates = {id(p): g["lr"] for g in vn.param_groups(result.model, 1e-3) for p in g["params"]}
+    found = {part.site.role == "head": rates[id(p)] for part in vn.Adapter(result.model, "adapter").parts for p in part.parameters()}
+    assert found == {True: pytest.approx(1e-2), False: 1e-3}
+    assert rate_of(prepare(make_config(config | {"learning_rate": None})).adapter.plan) == vn.LoRA.rate[0]  # the head does not decide
+    for name, changes in (("language_model", {}), ("classify", {"plan": "full"})):
+        with pytest.raises(vn.ConfigError, match="no head is added to this plan.*head_learning_rate"):
+            run(make_config(example(name, *small, tmp_path / "b", head_learning_rate=1e-2, **changes)), quiet=True)
+    assert not (tmp_path / "b").exists()
+
+
 def test_rates_have_sources():
     assert rate_of(vn.LoRA(8) + vn.Full(at="head")) == vn.LoRA.rate[0] and rate_of(vn.Full(at="head")) == vn.Full.rate[0]
     assert choose(vn.Prefix(3) + vn.Bottleneck(4))[1].startswith("bottleneck: UniPELT")

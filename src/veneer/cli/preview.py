@@ -59,7 +59,8 @@ def show(found: Preview, console: Any) -> None:
         line("labels", ", ".join(shown) + (f" and {len(found.balance) - MOST} more" if len(found.balance) > MOST else ""))
     console.print(str(found.summary), highlight=False, markup=False, soft_wrap=True)
     line("steps", f"{found.steps:,} of {config.batch_size} x {config.gradient_accumulation} rows")
-    line("rate", f"learning rate {found.rate[0]:g} ({found.rate[1]})")
+    head = config.head_learning_rate
+    line("rate", f"learning rate {found.rate[0]:g} ({found.rate[1]})" + (f", of the head {head:g}" if head else ""))
     if found.memory is not None:
         m, mib = found.memory, 1 << 20
         free = f"; free now: {m.free / mib:,.0f} MiB" if m.free is not None else ""

@@ -73,6 +73,7 @@ class TrainConfig(Strict):
     eval_batch_size: int = Field(64, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float | None = Field(None, gt=0, description="default: by method, see train/rates.py")
+    head_learning_rate: float | None = Field(None, gt=0, description="of a head that is added to the plan; default: as all else")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0)
     max_length: int = Field(128, ge=2, description="tokens; what is longer is cut, and counted")
@@ -196,8 +197,9 @@ def _number(value: Any) -> Any:
 
 def make_config(data: dict[str, Any], where: str = "configuration") -> TrainConfig:
     """`data` checked. Raises: ConfigError."""
-    if isinstance(data.get("learning_rate"), str):
-        data = {**data, "learning_rate": _number(data["learning_rate"])}
+    for key in ("learning_rate", "head_learning_rate"):
+        if isinstance(data.get(key), str):
+            data = {**data, key: _number(data[key])}
     version = data.get("version", VERSION)
     if version != VERSION or isinstance(version, bool):
         which = "an old" if isinstance(version, int) and version < VERSION else "another"

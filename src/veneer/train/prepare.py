@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from ..data.packing import check_causal, check_packing, pack
 from ..data.tables import Table
 from ..errors import ConfigError, DataError, did_you_mean
 from ..fingerprint import packed
-from ..methods import holder
 from ..plan import Plan
 from ..store import load
 from .config import TrainConfig, meant_for
+from .heads import heads, with_heads
 from .quantize import quantization
 from .tasks import find_task
 from .tasks.base import Task
@@ -213,8 +211,7 @@ def prepare(config: TrainConfig, rows: tuple[Table, Table] | None = None) -> Pre
     labels = task.labels = task.names(train)
     model, tools, fresh = _load(config, labels)
     asked = borrowed(config, model, plan)
-    for extra in heads(asked, fresh, model, task.head) if task.head or task.fresh else []:
-        plan = plan + extra
+    plan = with_heads(config, plan, asked, heads(asked, fresh, model, task.head) if task.head or task.fresh else [])
     adapter = attach(model, plan, name=config.name, tokenizer=tools)
     for name in config.adapters:
         detach(model, name)
@@ -251,23 +248,6 @@ def borrowed(config: TrainConfig, model: Any, plan: Plan) -> Plan:
         raise ConfigError("the plan uses an adapter, and none is given", where="adapters", fix="adapters: {NAME: the folder of its run}")
     state = state_of(model)
     return written_out(plan, lambda name: state.adapters[known(state, name)])[0]
-
-
-def heads(plan: Plan, fresh: Iterable[str], model: Any, head: bool) -> list[Plan]:
-    """What is to be trained beside `plan`: the head, where the task has one of its own, and whatever else the checkpoint did
-    not have, since what is drawn at random must learn. What the plan trains whole by itself is left out."""
-    from ..patterns import select
-    from ..resolve import sites
-
-    there = [s for s in sites(model) if s.port == "param"]
-    whole = {s.path for m in plan.leaves() if m.holds == "tensor" for s in select(there, m.at or m.default_at, port="param")}
-    own = {s.path for s in select(there, "head", port="param")} if head else set()
-    # a module of which the checkpoint has some tensors is not drawn: a missing bias starts at zero
-    had = {n.rpartition(".")[0] for n, _ in model.named_parameters(remove_duplicate=False) if n not in set(fresh)}
-    drawn = {k.rpartition(".")[0] for k in fresh} & {s.path for s in there} - own - whole - had
-    full = holder("tensor")
-    out = [] if own <= whole else [full(at="head")]
-    return out + ([full(at=f"name:^({'|'.join(map(re.escape, sorted(drawn)))})$")] if drawn else [])
 
 
 def longest(config: TrainConfig, model: Any, tools: Any, adapter: Adapter) -> int:
