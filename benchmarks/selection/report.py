@@ -89,6 +89,13 @@ class Table:
         return [*out, ""]
 
 
+def overall(t: Table) -> list[str]:
+    """The mean of each row that every cell has, over tasks, sizes and seeds."""
+    whole = [row for row in ROWS if all(row in rows for rows in t.cells.values())]
+    shown = [f"{t.over(lambda k, r=row: t.mean(r, k), t.sizes):.1f}" for row in whole]
+    return ["### All sizes", "", "| " + " | ".join(whole) + " |", "|---" * len(whole) + "|", "| " + " | ".join(shown) + " |", ""]
+
+
 def claims(t: Table, costs: list[float]) -> list[str]:
     out = ["| claim | " + " | ".join(f"K = {k}" for k in t.sizes) + " | all | |", "|---|" + "---|" * (len(t.sizes) + 2)]
     groups = [[k] for k in t.sizes] + [t.sizes]
@@ -114,6 +121,9 @@ def claims(t: Table, costs: list[float]) -> list[str]:
         cells = "" if len(there) == len(t.cells) else f" ({len(there)} cells)"
         line(f"{row} less {whole}, at {share:.2f} of its parameters{cells}", lambda ks, r=row, w=whole: statistics.mean(t.pairs(r, w, ks)),
              lambda v, s=share: v >= -0.3 and s <= 0.5, (row, whole))  # fmt: skip
+    for row in (r for r, way in VARIANTS.items() if way[0] == SETTLED["settled"]):
+        if all(t.pairs(row, "settled", ks) for ks in groups):
+            line(f"{row} less settled, in the cells that have both", lambda ks, r=row: statistics.mean(t.pairs(r, "settled", ks)), None, (row, "settled"))
     for row, twin in FOLDED.items():
         if all(row in rows for rows in t.cells.values()):
             line(f"{row} less {twin}", lambda ks, r=row, w=twin: t.over(lambda k: t.mean(r, k) - t.mean(w, k), ks), None, (row, twin))
@@ -128,23 +138,40 @@ def claims(t: Table, costs: list[float]) -> list[str]:
     return [*out, ""]
 
 
-def parts(cells: Cells) -> list[str]:
-    """What the gates and the ablation say of the parts."""
+def parts(cells: Cells, row: str) -> list[str]:
+    """What the gates and the ablation say of the parts, as `row` was settled."""
     groups: dict[tuple[str, str], list[Any]] = {}
     each = []
     for rows in cells.values():
-        own = rows["settled"]["parts"]
+        own = rows[row]["parts"] if row in rows else []
         for method, module, _, numbers, mean, loss, kept in own:
             groups.setdefault((method, module), []).append((numbers, mean, loss, kept))
         gate, loss = [p[4] for p in own], [p[5] for p in own]
         if len(set(gate)) > 1 and len(set(loss)) > 1:
             each.append(statistics.correlation(ranks(gate), ranks(loss)))
-    out = [f"| part of {OURS} | numbers in a layer | mean gate | dev nats lost without one layer's | kept |", "|---|---|---|---|---|"]
+    if not groups:
+        return []
+    out = [f"| part of {OURS}, {row} | numbers in a group | mean gate | dev nats lost without a group | kept |", "|---|---|---|---|---|"]
     for (method, module), v in groups.items():
         numbers, mean, loss, kept = (statistics.mean(x) for x in zip(*v, strict=True))
         out.append(f"| {method} {module} | {numbers:,.0f} | {mean:.3f} | {loss:+.4f} | {100 * kept:.0f}% |")
-    shown = f"{statistics.mean(each):+.2f} (mean of {len(each)} cells)" if each else "all gates or losses are alike"
-    return [*out, "", f"Rank correlation, within a cell, of a part's gate with what its removal costs: {shown}"]
+    error = f" ± {statistics.stdev(each) / len(each) ** 0.5:.2f}" if len(each) > 1 else ""
+    shown = f"{statistics.mean(each):+.2f}{error} (mean of {len(each)} cells)" if each else "all gates or losses are alike"
+    return [*out, "", f"Rank correlation, within a cell, of a part's gate with what its removal costs: {shown}", ""]
+
+
+def again(lines: list[dict[str, Any]], setting: str) -> list[str]:
+    """By how much rows that were run twice, from the same start, moved: the noise of one training."""
+    first: dict[tuple[Any, ...], float] = {}
+    moved: dict[str, list[float]] = {}
+    for x in lines:
+        if x["kind"] == "cell" and x["setting"] == setting:
+            key = x["task"], x["K"], x["seed"], x["row"]
+            if key in first:
+                moved.setdefault(x["row"], []).append(100 * abs(x["accuracy"] - first[key]))
+            first.setdefault(key, x["accuracy"])
+    shown = ", ".join(f"{row} {statistics.mean(v):.1f} (at most {max(v):.1f}, {len(v)} cells)" for row, v in moved.items())
+    return [f"Run a second time, a row's accuracy moved on average by: {shown}", ""] if moved else []
 
 
 def ranks(values: list[float]) -> list[float]:
@@ -176,7 +203,11 @@ def report(lines: list[dict[str, Any]], setting: str) -> str:
     rates = {m: rows[m]["lr"] for rows in cells.values() for m in METHODS}
     for k in t.sizes:
         out += t.table(k)
+    out += overall(t)
     out += ["### The claims", "", *claims(t, costs)]
     out += ["Rates: " + ", ".join(f"{m} {lr:g}" for m, lr in rates.items()) + f"; of the fresh head {HEAD:g}", ""]
-    out += ["Picked: " + ", ".join(f"{m} {n}" for m, n in sorted(picks.items(), key=lambda x: -x[1])), "", *parts(cells)]
+    out += ["Picked: " + ", ".join(f"{m} {n}" for m, n in sorted(picks.items(), key=lambda x: -x[1])), ""]
+    for row in ("settled", "by-role"):
+        out += parts(cells, row)
+    out += again(lines, setting)
     return "\n".join(out)

@@ -3,7 +3,7 @@
     y_i = s_x s_Wi ⊙ (q(x) q(W_i)ᵀ) + c_i + s_i · (x' A_iᵀ) B_iᵀ      for the maps i that share x;  x' is x, or x after dropout
 
 x is quantised once for all maps, and so is each dy for its dx; A and B read x and dy themselves, so that what is trained has their
-own precision. Not yet timed on a GPU: vn.optimize(base_compute="fp8") takes it where fuse=True asks for it. The kernels of
+own precision. vn.optimize(base_compute="fp8") takes it where fuse=True asks for it (docs/performance.md: 1.1 times the compiler's form). The kernels of
 fp8_triton.py, with the low-rank term in the accumulator, are used for sizes where `measured` found them right and faster.
 
 Shapes: x (N, in), A_i (r_i, in), B_i (out_i, r_i); W_i as fp8.Quantised has it.

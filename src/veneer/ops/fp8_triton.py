@@ -1,5 +1,5 @@
 """Products with a frozen matrix in float8_e4m3 that have a low-rank term in their accumulator, as Triton kernels (compute
-capability 9 and up). Not yet timed on a GPU.
+capability 9 and up). Timed in docs/performance.md.
 
     augmented   y  = s s_W ⊙ (q Wᵀ) + c + z Bᵀ                     q (N, K), s (N, 1), W (O, K), s_W (O, 1), z (N, r), B (O, r)
     gathered    dx = Σ_i s_i s_Wi ⊙ (q_i W_iᵀ) + dz A              q_i (N, O_i), W_i (K, O_i), dz (N, r), A (r, K)
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm_triton import BM, BN, GROUP, _at, _multiprocessors, _of
+from .gemm_triton import BM, BN, GROUP, _at, _of, _programs
 
 BK = 128  # bytes, as wide as a row of shared memory
 
@@ -80,8 +80,8 @@ def _gathered(
 def augmented(q: Tensor, s: Tensor, w: Tensor, sw: Tensor, bias: Tensor | None, z: Tensor, b: Tensor) -> Tensor:
     (m, k), n, r = q.shape, w.shape[0], z.shape[1]
     out = torch.empty((m, n), dtype=z.dtype, device=q.device)
-    sms = _multiprocessors(q.device)
-    _augmented[(min(sms, triton.cdiv(m, BM) * triton.cdiv(n, BN)),)](
+    grid, sms = _programs(m, n, BM, BN, q.device)
+    _augmented[grid](
         _of(q, [BM, BK]), s, _of(w, [BN, BK]), sw, _of(z, [BM, 16]), _of(b, [BN, 16]), bias, _of(out, [BM, BN]), m, n, k,
         r, bias is not None, BM, BN, BK, GROUP, sms, num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -94,8 +94,8 @@ def gathered(qs: list[Tensor], ss: list[Tensor], ws: list[Tensor], ts: list[Tens
     bn = BN if count == 1 else BN // 2
     spare: list[Any] = [None] * (3 - count)
     sizes = [q.shape[1] for q in qs] + [0] * len(spare)
-    sms = _multiprocessors(dz.device)
-    _gathered[(min(sms, triton.cdiv(m, BM) * triton.cdiv(n, bn)),)](
+    grid, sms = _programs(m, n, BM, bn, dz.device)
+    _gathered[grid](
         *(_of(q, [BM, BK]) for q in qs), *spare, *ss, *spare, *(_of(w, [bn, BK]) for w in ws), *spare, *ts, *spare, _of(dz, [BM, 16]), _of(a, [16, bn]),
         _of(out, [BM, bn]), m, n, *sizes, count, dz.shape[1], BM, bn, BK, GROUP, sms, num_warps=8, num_stages=3,
     )  # fmt: skip

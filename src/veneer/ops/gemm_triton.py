@@ -80,6 +80,12 @@ def _multiprocessors(device: Any) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def _programs(m: int, n: int, bm: int, bn: int, device: Any) -> tuple[tuple[int], int]:
+    """The grid of a walk over the tiles (bm, bn) of an (m, n) result, and how far a program's tiles lie apart."""
+    apart = _multiprocessors(device)
+    return (min(apart, triton.cdiv(m, bm) * triton.cdiv(n, bn)),), apart
+
+
 def _of(t: Tensor, block: list[int]) -> TensorDescriptor:
     """A tensor map of t, which must begin at a multiple of 16 bytes: what does not is a part of another tensor."""
     return TensorDescriptor.from_tensor(t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format), block)
@@ -88,8 +94,8 @@ def _of(t: Tensor, block: list[int]) -> TensorDescriptor:
 def augmented(x: Tensor, w: Tensor, bias: Tensor | None, z: Tensor, b: Tensor) -> Tensor:
     (m, k), n, r = x.shape, w.shape[0], z.shape[1]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    sms = _multiprocessors(x.device)
-    _augmented[(min(sms, triton.cdiv(m, BM) * triton.cdiv(n, BN)),)](
+    grid, sms = _programs(m, n, BM, BN, x.device)
+    _augmented[grid](
         _of(x, [BM, BK]), _of(w, [BN, BK]), _of(z, [BM, 16]), _of(b, [BN, 16]), bias, _of(out, [BM, BN]), m, n, k,
         r, bias is not None, BM, BN, BK, GROUP, sms, num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -104,8 +110,8 @@ def gathered(gs: list[Tensor], ws: list[Tensor], dz: Tensor | None, a: Tensor | 
     low = (_of(dz, [BM, 16]), _of(a, [16, BN])) if dz is not None and a is not None else (None, None)
     spare = [None] * (3 - len(gs))
     sizes = [t.shape[1] for t in gs] + [0] * len(spare)
-    sms = _multiprocessors(gs[0].device)
-    _gathered[(min(sms, triton.cdiv(m, BM) * triton.cdiv(n, BN)),)](
+    grid, sms = _programs(m, n, BM, BN, out.device)
+    _gathered[grid](
         *g, *spare, *w, *spare, *low, _of(out, [BM, BN]), m, n, *sizes, len(gs), 0 if dz is None else dz.shape[1], BM, BN, BK, GROUP, sms,
         num_warps=8, num_stages=3,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm_triton import BK, BM, BN, GROUP, _at, _multiprocessors, _of
+from .gemm_triton import BK, BM, BN, GROUP, _at, _of, _programs
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def augmented(x: Tensor, w: Tensor, bias: Tensor | None, z: Tensor, b: Tensor, s
     """y for the map whose B is the rows start … start + O of b (E, Σ O, r)."""
     (m, k), n = x.shape, w.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    sms, groups = _multiprocessors(x.device), b.shape[0] if index is None else index.shape[0]
-    _augmented[(min(sms, triton.cdiv(m, BM) * triton.cdiv(n, BN)),)](
+    (grid, sms), groups = _programs(m, n, BM, BN, x.device), b.shape[0] if index is None else index.shape[0]
+    _augmented[grid](
         _of(x, [BM, BK]), _of(w, [BN, BK]), _of(z, [BM, 16]), _of(b.flatten(0, 1), [BN, 16]), bias, index, _of(out, [BM, BN]), m, n, k,
         m // groups, start, b.shape[1], z.shape[1], bias is not None, index is not None, BM, BN, BK, GROUP, sms, num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -85,8 +85,8 @@ def gathered(gs: list[Tensor], ws: list[Tensor], dz: Tensor, a: Tensor, index: T
     out = torch.empty((m, n), dtype=gs[0].dtype, device=gs[0].device)
     spare: list[Any] = [None] * (3 - len(gs))
     sizes = [t.shape[1] for t in gs] + [0] * len(spare)
-    sms, groups = _multiprocessors(gs[0].device), a.shape[0] if index is None else index.shape[0]
-    _gathered[(min(sms, triton.cdiv(m, BM) * triton.cdiv(n, BN)),)](
+    (grid, sms), groups = _programs(m, n, BM, BN, out.device), a.shape[0] if index is None else index.shape[0]
+    _gathered[grid](
         *(_of(t, [BM, BK]) for t in gs), *spare, *(_of(t, [BK, BN]) for t in ws), *spare, _of(dz, [BM, 16]), _of(a.flatten(0, 1), [16, BN]), index,
         _of(out, [BM, BN]), m, n, *sizes, m // groups, len(gs), dz.shape[1], index is not None, BM, BN, BK, GROUP, sms, num_warps=8, num_stages=3,
     )  # fmt: skip
